@@ -1,0 +1,1 @@
+"""megatron-ttt: test-time-training language models, trained the Megatron way."""

@@ -1,0 +1,143 @@
+"""What is in a checkpoint, through megatron-core's dist_checkpointing, at any layout.
+
+Weights and optimizer state carry global names and shapes, and are cut anew by whoever reads them.
+Random states belong to a rank, and come back only where the layout is the one that wrote them.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import nn
+
+from megatron_ttt.checkpoint.store import Checkpoint, publish, temporary_path
+from megatron_ttt.config import Config
+from megatron_ttt.model import EMBEDDING
+
+
+def layout(config: Config) -> dict[str, Any]:
+    """The layout in force, as state.json records it."""
+    parallel = config.parallel
+    return {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def save_checkpoint(
+    path: Path, chunks: list[nn.Module], optimizer, state: dict[str, Any]
+) -> None:
+    """Write and publish a checkpoint folder; collective.
+
+    chunks: unwrapped, with current weights. optimizer: None saves the weights alone. state: what
+    goes into state.json, with at least `step` and `config`.
+    """
+    temporary = temporary_path(path)
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    tree = _model_tree(chunks)
+    if optimizer is not None:
+        tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
+        tree["rng"] = _rng_object()
+    dist_checkpointing.save(tree, str(temporary))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        publish(path, {"has_optimizer": optimizer is not None, **state})
+    dist.barrier()
+
+
+def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:
+    """Load the weights alone into unwrapped chunks; collective."""
+    _load_model(chunks, dist_checkpointing.load(_model_tree(chunks), str(checkpoint.path)))
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, config: Config, chunks: list[nn.Module], optimizer
+) -> None:
+    """Load weights, optimizer and (at the layout that wrote them) random states; collective."""
+    tree = _model_tree(chunks)
+    tree["optimizer"] = optimizer.sharded_state_dict(
+        dict(tree), is_loading=True, metadata=_metadata()
+    )
+    same_layout = checkpoint.state["layout"] == layout(config)
+    if same_layout:
+        tree["rng"] = _rng_object()
+    tree = dist_checkpointing.load(tree, str(checkpoint.path))
+    _load_model(chunks, tree)
+    optimizer.load_state_dict(tree["optimizer"])
+    if same_layout:
+        _set_rng(tree["rng"])
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_tree(chunks: list[nn.Module]) -> dict[str, Any]:
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=_metadata())
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def _load_model(chunks: list[nn.Module], tree: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(tree[f"model{index}"])
+        zero_vocabulary_padding(chunk)
+
+
+@torch.no_grad()
+def zero_vocabulary_padding(chunk: nn.Module) -> None:
+    """Rows of the embedding past the vocabulary stand in no checkpoint; they are zero."""
+    first = parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in chunk.named_parameters():
+        if name in (EMBEDDING, "output_layer.weight"):
+            parameter[max(0, chunk.real_vocab_size - first * len(parameter)) :] = 0
+
+
+def _rng_object() -> ShardedObject:
+    """This rank's random states."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    ranks = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    return ShardedObject("rng", state, sizes, ranks, replica_id=0)
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

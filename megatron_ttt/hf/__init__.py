@@ -1,0 +1,1 @@
+"""The official Hugging Face checkpoint format, in and out."""

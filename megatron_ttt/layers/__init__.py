@@ -1,0 +1,1 @@
+"""megatron-core submodules that make a TTT block."""

@@ -1,0 +1,131 @@
+"""Parameters of our own layers: how they are cut over TP ranks, and how each one starts.
+
+A parameter's global tensor is what one process without parallelism would hold. `local_shard` cuts
+this rank's part out of it; initial weights and imported ones both come in through it, so that the
+same seed gives the same model at every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor, nn
+
+Initialiser = Callable[[Tensor, torch.Generator], None]
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """Biases, delta, b0."""
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, generator: torch.Generator) -> None:
+    """Scales of norms."""
+    tensor.fill_(1.0)
+
+
+def normal(std: float) -> Initialiser:
+    """N(0, std)."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0.0, std, generator=generator)
+
+    return fill
+
+
+def lecun_normal(fan_in: int) -> Initialiser:
+    """JAX's lecun_normal: N(0, 1/fan_in) cut at two sigma, widened to keep that variance."""
+    std = fan_in**-0.5 / 0.87962566103423978
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+    return fill
+
+
+def new_parameter(
+    config,
+    shape: tuple[int, ...],
+    initialiser: Initialiser,
+    *,
+    shard_dim: int | None = None,
+    fp32: bool = False,
+) -> nn.Parameter:
+    """An uninitialised parameter of a layer, given its global shape.
+
+    shard_dim: dimension cut over TP ranks; None for a replicated parameter. fp32: keep it in
+    float32 when the model is bf16 (and its optimizer state apart, see training/optimizer.py).
+    """
+    if shard_dim is not None:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        shape = (*shape[:shard_dim], shape[shard_dim] // size, *shape[shard_dim + 1 :])
+    dtype = config.params_dtype
+    if fp32 and dtype == torch.bfloat16:
+        dtype = torch.float32
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    tensor_parallel.set_tensor_model_parallel_attributes(
+        parameter, shard_dim is not None, 0 if shard_dim is None else shard_dim, 1
+    )
+    parameter.initialiser = initialiser
+    if fp32:
+        parameter.keep_fp32 = True
+    return parameter
+
+
+def global_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter's global tensor."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(shape)
+
+
+def local_shard(parameter: nn.Parameter, global_tensor: Tensor) -> Tensor:
+    """This TP rank's part of a global tensor, which is cut the way `parameter` is.
+
+    A packed projection is cut part by part: its partition_stride counts the parts.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return global_tensor
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    dim, parts = parameter.partition_dim, parameter.partition_stride
+    return torch.cat(
+        [part.chunk(size, dim)[rank] for part in global_tensor.chunk(parts, dim)], dim
+    )
+
+
+def gather_global(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """The inverse of `local_shard`, collective over the TP group: every rank's `local` (the
+    parameter, its gradient) put together to the global tensor."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return local
+    group = parallel_state.get_tensor_model_parallel_group()
+    shards = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
+    dim, parts = parameter.partition_dim, parameter.partition_stride
+    pieces = zip(*(shard.chunk(parts, dim) for shard in shards))
+    return torch.cat([piece for part in pieces for piece in part], dim)
+
+
+@torch.no_grad()
+def initialise(parameter: nn.Parameter, name: str, shape: tuple[int, ...], seed: int, default):
+    """Fill `parameter` from a stream of random numbers of its own.
+
+    name: the parameter's global name; it and the seed alone decide the numbers, so they do not
+    depend on the layout or the device. shape: of the part of the global tensor that is filled; rows
+    beyond it (vocabulary padding) become zero. default: the initialiser where the parameter
+    carries none.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    filled = torch.empty(shape, dtype=torch.float32)
+    getattr(parameter, "initialiser", default)(filled, generator)
+    whole = torch.zeros(global_shape(parameter), dtype=torch.float32)
+    whole[tuple(slice(size) for size in shape)] = filled
+    parameter.copy_(local_shard(parameter, whole))

@@ -1,0 +1,228 @@
+"""The TTT mixer: a megatron-core self-attention submodule whose hidden state is a trained model.
+
+The mathematics is in docs/mathematics.md (paper: arXiv 2407.04620, section 2). Everything between
+the input and the output projection belongs to one head, except the post-norm, so heads are what
+tensor parallelism cuts. Legend: S tokens, B batch, D hidden size, H heads of this rank, F head_dim,
+L tokens as the scan counts them (= S, gathered), K mini-batch size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from megatron_ttt.config import ModelConfig
+from megatron_ttt.layers.conv import CausalConv
+from megatron_ttt.layers.norm import PostNorm
+from megatron_ttt.layers.parameters import new_parameter, normal, ones, zeros
+from megatron_ttt.layers.rope import mini_batch_angles, rotate_pairs
+from megatron_ttt.ops import ttt_scan
+
+MLP_EXPANSION = 4
+"""Width of TTT-MLP's inner hidden layer over head_dim."""
+
+
+@dataclass
+class TTTMixerSubmodules:
+    """The projections: in_proj is column parallel and packed, out_proj row parallel."""
+
+    in_proj: ModuleSpec | type = None
+    out_proj: ModuleSpec | type = None
+
+
+class TTTMixer(MegatronModule):
+    """TTT-Linear or TTT-MLP in the place of self-attention.
+
+    model: what is built; scan_backend, see `ttt_scan`. Parameters carry the official checkpoints'
+    names, but for in_proj, which packs q (k) v (g) along its rows.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: TTTMixerSubmodules,
+        layer_number: int,
+        *,
+        model: ModelConfig,
+        scan_backend: str = "auto",
+        **_,
+    ):
+        super().__init__(config)
+        self.model, self.layer_number, self.scan_backend = model, layer_number, scan_backend
+        self.inner_lr_scale = 1.0  # what the trainer warms up; 1 in evaluation
+        self.num_local_heads = (
+            model.num_heads // parallel_state.get_tensor_model_parallel_world_size()
+        )
+        D, nh, f = model.hidden_size, model.num_heads, model.head_dim
+        self.parts = ("q", "v", "g") if model.is_mamba else ("q", "k", "v")
+        # x is gathered (or copied) once for the projection and the lr gate, so that in_proj sees
+        # whole sequences and leaves the reduction of their gradient to that one place.
+        gathered_config = copy.copy(config)
+        gathered_config.sequence_parallel = False
+        self.in_proj = build_module(
+            submodules.in_proj,
+            D,
+            len(self.parts) * D,
+            config=gathered_config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            disable_grad_reduce=True,
+            stride=len(self.parts),
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            D,
+            D,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+        self.post_norm = PostNorm(config, D)
+        if model.is_mamba:
+            self.conv_q = CausalConv(config, D, model.conv_kernel, sharded=True)
+            self.conv_k = CausalConv(config, D, model.conv_kernel, sharded=True)
+
+        def per_head(shape, initialiser):
+            return new_parameter(config, (nh, *shape), initialiser, shard_dim=0, fp32=True)
+
+        weights = normal(model.init_std)
+        self.learnable_ttt_lr_weight = per_head((1, D), weights)
+        self.learnable_ttt_lr_bias = per_head((1,), zeros)
+        self.learnable_token_idx = new_parameter(
+            config, (model.mini_batch_size,), zeros, fp32=True
+        )
+        self.ttt_norm_weight = per_head((f,), ones)
+        self.ttt_norm_bias = per_head((f,), zeros)
+        widths = (f, f) if model.layer == "ttt_linear" else (f, MLP_EXPANSION * f, f)
+        self.state_names = []
+        for i, (rows, columns) in enumerate(zip(widths, widths[1:]), start=1):
+            setattr(self, f"W{i}", per_head((rows, columns), weights))
+            setattr(self, f"b{i}", per_head((1, columns), zeros))
+            self.state_names += [f"W{i}", f"b{i}"]
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, **_) -> tuple[Tensor, None]:
+        """[S, B, D] (S this rank's under sequence parallelism) -> the same, and no bias.
+
+        The mask is ignored: the scan is causal by construction.
+        """
+        if self.config.sequence_parallel:
+            x_SBD = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+        else:
+            x_SBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+        projected, _ = self.in_proj(x_SBD)
+        part = dict(zip(self.parts, projected.chunk(len(self.parts), dim=-1)))
+        if self.model.is_mamba:
+            q, k = self.conv_q(part["q"]), self.conv_k(part["q"])
+        else:
+            q, k = part["q"], part["k"]
+
+        angles = mini_batch_angles(
+            x_SBD.shape[0],
+            self.model.mini_batch_size,
+            self.model.head_dim,
+            self.model.rope_theta,
+            like=x_SBD,
+        )
+        out_BHLF, _ = ttt_scan(
+            rotate_pairs(self._split_heads(q), *angles),
+            rotate_pairs(self._split_heads(k), *angles),
+            self._split_heads(part["v"]),
+            self.inner_learning_rate(x_SBD),
+            self.token_scale(),
+            self.ttt_norm_weight,
+            self.ttt_norm_bias,
+            tuple(getattr(self, name) for name in self.state_names),
+            backend=self.scan_backend,
+        )
+        out_SBD = self.post_norm(out_BHLF.permute(2, 0, 1, 3).flatten(2))
+        if "g" in part:
+            out_SBD = F.gelu(part["g"], approximate="tanh") * out_SBD
+        return self.out_proj(out_SBD)
+
+    def _split_heads(self, x_SBD: Tensor) -> Tensor:
+        """[S, B, H*F] -> [B, H, L, F]."""
+        return x_SBD.unflatten(-1, (self.num_local_heads, -1)).permute(1, 2, 0, 3)
+
+    def inner_learning_rate(self, x_SBD: Tensor) -> Tensor:
+        """lam [B, H, L]: base * sigmoid(x . w + c) / f, in the gate's dtype (at least float32)."""
+        weight_HD = self.learnable_ttt_lr_weight.squeeze(1)
+        logits = F.linear(x_SBD.to(weight_HD.dtype), weight_HD, self.learnable_ttt_lr_bias.squeeze(1))
+        scale = self.model.ttt_base_lr * self.inner_lr_scale / self.model.head_dim
+        return scale * torch.sigmoid(logits).permute(1, 2, 0)
+
+    def token_scale(self) -> Tensor:
+        """tau [K]: max(1/i + delta_i, 0).
+
+        delta is replicated, but this rank's heads give only their share of its gradient: the copy
+        region sums the shares. (megatron-core's attributes would average them, or do nothing.)
+        """
+        delta = tensor_parallel.copy_to_tensor_model_parallel_region(self.learnable_token_idx)
+        index = torch.arange(1, len(delta) + 1, dtype=delta.dtype, device=delta.device)
+        return torch.clamp_min(1.0 / index + delta, 0.0)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, **_):
+        """megatron-core's map from this rank's tensors to the checkpoint's global ones."""
+        own = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        per_head = {name: 0 for name in own if name != "learnable_token_idx"}
+        sharded = make_sharded_tensors_for_checkpoint(own, prefix, per_head, sharded_offsets)
+        for name, module in self.named_children():
+            child_prefix = f"{prefix}{name}."
+            if isinstance(module, CausalConv | PostNorm):
+                shard_dims = {key: 0 for key, _ in module.named_parameters()}
+                child = make_sharded_tensors_for_checkpoint(
+                    module.state_dict(keep_vars=True), child_prefix, shard_dims, sharded_offsets
+                )
+            else:
+                child = sharded_state_dict_default(module, child_prefix, sharded_offsets, metadata)
+            sharded.update(child)
+        key = f"{prefix}in_proj.weight"
+        sharded[key] = _unpacked(sharded[key], len(self.parts), sharded_offsets)
+        return sharded
+
+
+def _unpacked(packed: ShardedTensor, parts: int, sharded_offsets) -> ShardedTensorFactory:
+    """Store a packed projection as the plain concatenation of its whole parts.
+
+    This rank's tensor is [part 0's rows; part 1's rows; ...], each part cut over the TP ranks, which
+    is no contiguous piece of the global tensor: saved as it is, it could only be read at the same TP.
+    """
+    dim = len(sharded_offsets)
+    ranks = packed.axis_fragmentations[dim]
+    rank = packed.global_offset[dim] // packed.local_shape[0]
+
+    @torch.no_grad()
+    def build(key, tensor, replica_id, flattened_range):
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                piece,
+                *sharded_offsets,
+                (dim, index * ranks + rank, parts * ranks),
+                replica_id=replica_id,
+                prepend_axis_num=dim,
+            )
+            for index, piece in enumerate(tensor.chunk(parts))
+        ]
+
+    @torch.no_grad()
+    def merge(pieces):
+        return torch.cat(pieces)
+
+    return ShardedTensorFactory(packed.key, packed.data, build, merge, packed.replica_id)

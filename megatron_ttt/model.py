@@ -1,0 +1,164 @@
+"""A configuration and a pipeline stage in, a model chunk out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.layers.parameters import global_shape, initialise, normal
+from megatron_ttt.layers.specs import block_submodules
+from megatron_ttt.platform import Platform
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def core_config(
+    config: Config, platform: Platform, dtype: torch.dtype | None = None
+) -> TransformerConfig:
+    """megatron-core's view of our configuration. dtype: over `training.precision`'s."""
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = dtype or DTYPES[training.precision]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    fields = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are filled by `initialise_weights`, the same at every layout.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "gradient_accumulation_fusion": False,
+        # Interleaved stages: batched p2p gives wrong gradients, and freeing outputs early races.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": False,
+        "recompute_granularity": "full" if training.recompute else None,
+        "recompute_method": "uniform" if training.recompute else None,
+        "recompute_num_layers": 1 if training.recompute else None,
+        "deterministic_mode": training.deterministic,
+    }
+    return TransformerConfig(**{**fields, **platform.core_overrides})
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Entries of the embedding in memory: the least multiple of the TP size that holds them."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return -(-model.vocab_size // size) * size
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose loss and logits know which vocabulary entries are padding."""
+
+    def __init__(self, config, model: ModelConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.real_vocab_size = model.vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, S], logits [S, B, V / TP] -> per-token cross-entropy [B, S], float32.
+
+        Padded entries are masked here: megatron-core's cross-entropy would count them.
+        """
+        first = logits.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
+        padding = first + logits.shape[-1] - self.real_vocab_size
+        if padding > 0:
+            keep = logits.shape[-1] - padding
+            logits = torch.cat(
+                [logits[..., :keep], torch.full_like(logits[..., keep:], -torch.inf)], dim=-1
+            )
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_chunk(config: Config, core: TransformerConfig, vp_stage: int | None) -> LanguageModel:
+    """This rank's model chunk of one virtual pipeline stage (None without interleaving).
+
+    Its weights are not yet set: `initialise_weights`, or load a checkpoint.
+    """
+    model = config.model
+    stage = {} if vp_stage is None else {"vp_stage": vp_stage, "ignore_virtual": False}
+    chunk = LanguageModel(
+        core,
+        model,
+        block_submodules(
+            model, get_num_layers_to_build(core, vp_stage=vp_stage), config.training.scan_backend
+        ),
+        padded_vocab_size(model),
+        config.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="none" if model.is_ttt else "rope",
+        rotary_base=model.rope_theta,
+        vp_stage=vp_stage,
+    )
+    return chunk.to(torch.device("cpu") if core.use_cpu_initialization else "cuda")
+
+
+def build_chunks(config: Config, core: TransformerConfig) -> list[LanguageModel]:
+    """All model chunks of this rank, in the order of their virtual stages."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    return [build_chunk(config, core, stage) for stage in ([None] if not chunks else range(chunks))]
+
+
+def global_parameters(chunk: LanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of a chunk, layers numbered as in the whole model.
+
+    The head's copy of the embedding, on a last stage that is not the first, has the embedding's
+    name.
+    """
+    for name, parameter in chunk.named_parameters():
+        if name == "output_layer.weight":
+            name = EMBEDDING
+        if name.startswith("decoder.layers."):
+            head, tail = name.removeprefix("decoder.layers.").split(".", 1)
+            number = chunk.decoder.layers[int(head)].layer_number - 1
+            name = f"decoder.layers.{number}.{tail}"
+        yield name, parameter
+
+
+def unpadded_shape(model: ModelConfig, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The global shape of a parameter without vocabulary padding."""
+    shape = global_shape(parameter)
+    return (model.vocab_size, *shape[1:]) if name == EMBEDDING else shape
+
+
+def initialise_weights(chunk: LanguageModel, model: ModelConfig, seed: int) -> None:
+    """Set every weight as the paper's recipe does, the same at every layout and on every device."""
+    for name, parameter in global_parameters(chunk):
+        shape = unpadded_shape(model, name, parameter)
+        initialise(parameter, name, shape, seed, normal(model.init_std))
+
+
+def set_inner_lr_scale(chunks: list[nn.Module], scale: float) -> None:
+    """Multiply every TTT layer's inner learning rate: the warm-up's factor; 1 in evaluation."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "inner_lr_scale"):
+                module.inner_lr_scale = scale

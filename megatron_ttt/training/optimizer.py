@@ -1,0 +1,142 @@
+"""megatron-core's data parallelism and distributed AdamW around our chunks.
+
+The distributed optimizer is used always, on one process too: it alone can save a model that mixes
+bf16 and fp32 parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from torch import nn
+
+from megatron_ttt.config import Config
+
+
+def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedDataParallel]:
+    """Put megatron-core's DDP round the chunks and tell their core config how to reduce."""
+    overlap = config.parallel.overlap
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        grad_reduce_in_fp32=True,
+        bucket_size=config.parallel.bucket_size,
+    )
+    core = chunks[0].config
+    # Later chunks' gradients are ready all at once: bucketing gains nothing there (as Megatron).
+    wrapped = [
+        DistributedDataParallel(core, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for ddp in wrapped:
+        _keep_bucket_padding(ddp)
+    core.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        one = len(wrapped) == 1
+        core.no_sync_func = wrapped[0].no_sync if one else [d.no_sync for d in wrapped]
+        core.grad_sync_func = (
+            wrapped[0].start_grad_sync if one else [d.start_grad_sync for d in wrapped]
+        )
+        core.param_sync_func = (
+            wrapped[0].start_param_sync if one else [d.start_param_sync for d in wrapped]
+        )
+    return wrapped
+
+
+def _keep_bucket_padding(ddp: DistributedDataParallel) -> None:
+    """Count a bucket's padding as content.
+
+    The `fully_reshardable` checkpoint drops the padding between buckets as it gathers the moments
+    and then slices with offsets that include it, so that they come back shifted. With nothing to
+    drop, both sides agree.
+    """
+    for buffer in ddp.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+class TorchAdamDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer as it must be when it holds torch.optim.AdamW (no TE, no Apex)."""
+
+    def create_state(self) -> None:
+        """Make the moments now. AdamW would at its first step, but saving and loading need them;
+        megatron-core's own remedy is a step on zero gradients, which decays the weights."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        """The checkpoint carries no per-parameter `step`, which super() would ask for."""
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        super()._set_main_param_and_optimizer_states(
+            model_param, {"step": state["step"], **tensors}
+        )
+
+    def load_state_dict(self, state_dict):
+        """super() gives every parameter the same `step` tensor, which then counts each of them."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
+    """AdamW over the wrapped chunks; the learning rate is set each step by the trainer."""
+    options = config.optimizer
+    bf16 = config.training.precision == "bf16"
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
+    )
+    overrides = {} if options.decay_all else get_standard_config_overrides(optimizer_config)
+    # One dtype a parameter group, or saving mixes the shards of bf16 and fp32 parameters up.
+    overrides[ParamKey(attr="keep_fp32")] = ParamGroupOverride(fp32=True)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
+    for inner in optimizer.chained_optimizers:
+        if not HAVE_APEX_OR_TE:
+            inner.__class__ = TorchAdamDistributedOptimizer
+            for group in inner.optimizer.param_groups:
+                group["fused"] = True
+            inner.create_state()
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def set_learning_rate(optimizer, learning_rate: float) -> None:
+    """Give every parameter group this step's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Make the weights current: with overlapped gathering they are stale after a step until the
+    next forward. Call before anything but training reads them."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook()
+            chunk.enable_forward_pre_hook()

@@ -1,0 +1,39 @@
+"""Learning rates as pure functions of the step, counted from 1 (docs/mathematics.md, recipe)."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_ttt.config import Config
+
+INNER_LR_START = 0.1
+"""Share of the inner learning rate that its warm-up starts from."""
+
+
+def warmup_steps(config: Config) -> int:
+    """Steps of the linear warm-up, of both learning rates."""
+    return round(config.optimizer.warmup_fraction * config.training.steps)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear from 0 to lr over the warm-up, then cosine to min_lr at the last step.
+
+    The paper's optimizer applies the schedule's value of the step before, so step 1 has rate 0.
+    """
+    optimizer, warmup, done = config.optimizer, warmup_steps(config), step - 1
+    if done < warmup:
+        return optimizer.lr * done / warmup
+    progress = min(1.0, (done - warmup) / max(1, config.training.steps - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * cosine
+
+
+def inner_lr_scale(config: Config, step: int) -> float:
+    """Factor of the inner learning rate: from 0.1 to 1 over the warm-up for TTT-MLP, else 1."""
+    warm_up = config.optimizer.inner_lr_warmup
+    if warm_up is None:
+        warm_up = config.model.layer == "ttt_mlp"
+    if not warm_up:
+        return 1.0
+    progress = min(1.0, (step - 1) / max(1, warmup_steps(config)))
+    return INNER_LR_START + (1.0 - INNER_LR_START) * progress

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Train a TTT language model.
+
+    torchrun --nproc-per-node N pretrain_ttt.py --config yaml_recipes/NAME.yaml [key.path=value ...]
+
+Without torchrun it is a job of one process. `--print-config` shows the resolved configuration,
+`--dry-run` what it would cost; neither starts anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from megatron_ttt.config import load_config, to_yaml
+from megatron_ttt.errors import run_command
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, help="recipe; repeat it to lay overlays over it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, train nothing")
+    parser.add_argument(
+        "--world-size", type=int, help="processes to plan for (default: the recipe's TP x PP)"
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Read the arguments and do what they say."""
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    if arguments.dry_run:
+        from megatron_ttt.planning import describe, dry_run
+
+        plan = dry_run(config, arguments.world_size)
+        print(describe(config, plan))
+        print(json.dumps(plan))
+        return
+
+    import torch.distributed as dist
+
+    from megatron_ttt.training.trainer import Trainer, start
+
+    platform = start(config)
+    Trainer(config, platform).train()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,147 @@
+"""Run training cases, one after the other, in one torchrun job; each rank takes part in all.
+
+    torchrun --nproc-per-node N tests/parallel/worker.py CASES.json
+
+A case: {"name", "config": [YAML], "overrides": [...], "output": FOLDER, "gradients": bool}. Writes
+OUTPUT/result.safetensors: final weights under `param/NAME` (official names) and, on request, the
+first step's gradients under `grad/NAME`; OUTPUT/result.json: what did not hold on some rank.
+Losses and the rest are in the run's own metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def main() -> None:
+    """Run every case of the file named on the command line."""
+    torch.set_num_threads(1)
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run_case(case)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_case(case: dict) -> None:
+    """One training run, from building to its last step."""
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer, start
+
+    config = load_config(case["config"], case["overrides"])
+    platform = start(config)
+    from megatron.core import parallel_state
+
+    trainer = Trainer(config, platform)
+    tensors, problems = {}, []
+    if case.get("gradients"):
+        first_gradients(trainer, tensors, problems)
+    trainer.train()
+    from megatron_ttt.training.optimizer import gather_parameters
+
+    gather_parameters(trainer.ddp_chunks)
+    collect(trainer, "param", lambda parameter: parameter.data, tensors, problems)
+    check_dtypes(trainer, problems)
+    facts = {
+        "problems": gathered(problems),
+        "buckets": bucket_table(trainer),
+    }
+    if dist.get_rank() == 0:
+        from safetensors.torch import save_file
+
+        output = Path(case["output"])
+        output.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, output / "result.safetensors")
+        (output / "result.json").write_text(json.dumps(facts))
+    parallel_state.destroy_model_parallel()
+
+
+def bucket_table(trainer) -> list[list[list[int]]]:
+    """For each gradient buffer, each bucket's [elements of parameters, elements with padding]."""
+    return [
+        [[sum(p.numel() for p in bucket.params), bucket.grad_data.numel()] for bucket in buffer.buckets]
+        for ddp in trainer.ddp_chunks
+        for buffer in ddp.buffers
+    ]
+
+
+def first_gradients(trainer, tensors: dict, problems: list) -> None:
+    """The gradients of the first batch; the trainer is left as it was."""
+    from megatron_ttt.training.schedules import inner_lr_scale
+    from megatron_ttt.training.step import run_batches
+    from megatron_ttt.model import set_inner_lr_scale
+
+    for chunk in trainer.ddp_chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    set_inner_lr_scale(trainer.chunks, inner_lr_scale(trainer.config, trainer.step + 1))
+    microbatches = next(trainer.data.train_batches(trainer.step, trainer.step + 1))
+    run_batches(
+        trainer.ddp_chunks, microbatches, trainer.data.masked_id, trainer.platform.device
+    )
+    # Each data-parallel rank holds its shard of every reduced bucket.
+    for ddp in trainer.ddp_chunks:
+        for buffer in ddp.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather(list(bucket.grad_data.chunk(group.size())), shard, group=group)
+    collect(trainer, "grad", lambda parameter: parameter.main_grad, tensors, problems)
+
+
+def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> None:
+    """Global tensors of all stages into `tensors` (rank 0), and replicas that are not bit-equal
+    into `problems`."""
+    from megatron.core import parallel_state
+
+    from megatron_ttt.hf.mapping import to_official
+    from megatron_ttt.layers.parameters import gather_global
+    from megatron_ttt.model import global_parameters
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    own = {}
+    for chunk in trainer.chunks:
+        for name, parameter in global_parameters(chunk):
+            local = tensor_of(parameter).detach().clone()
+            if not parameter.tensor_model_parallel:
+                copies = [torch.empty_like(local) for _ in range(group.size())]
+                dist.all_gather(copies, local, group=group)
+                if not all(torch.equal(copy, local) for copy in copies):
+                    problems.append(f"{kind} {name} differs between TP ranks")
+            own[name] = gather_global(parameter, local)
+    stages = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, own)
+    for stage in stages:
+        for name, tensor in to_official(trainer.config.model, stage.items()).items():
+            earlier = tensors.setdefault(f"{kind}/{name}", tensor)
+            if not torch.equal(earlier, tensor):
+                problems.append(f"{kind} {name} differs between stages or data-parallel ranks")
+
+
+FP32 = ("W1", "b1", "W2", "b2", "learnable_token_idx", "ttt_norm", "learnable_ttt_lr")
+
+
+def check_dtypes(trainer, problems: list) -> None:
+    """Parameters of the inner model are float32 whatever the precision; the rest follow it."""
+    rest = torch.bfloat16 if trainer.config.training.precision == "bf16" else torch.float32
+    for chunk in trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            leaf = name.split("self_attention.")[-1]
+            wanted = torch.float32 if leaf.startswith(FP32) else rest
+            if parameter.dtype != wanted:
+                problems.append(f"{name} is {parameter.dtype}, not {wanted}")
+
+
+def gathered(problems: list) -> list:
+    """Every rank's problems."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problems)
+    return sorted({problem for one in everyone for problem in one})
+
+
+if __name__ == "__main__":
+    main()
