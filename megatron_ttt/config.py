@@ -232,7 +232,16 @@ def load_config(paths: list[str | Path], overrides: list[str] = ()) -> Config:
 
     Raises UserError, one line, for a file, key, type or combination that cannot be used.
     """
-    trees = [(str(path), tree) for path in paths for path, tree in _read(Path(path))]
+    return _merge([item for path in paths for item in _read(Path(path))], overrides)
+
+
+def config_from_tree(tree: dict[str, Any], overrides: list[str] = ()) -> Config:
+    """The configuration of a tree of dicts (a checkpoint's), under overrides, validated."""
+    return _merge([("checkpoint", OmegaConf.create(tree))], overrides)
+
+
+def _merge(trees: list[tuple[str, Any]], overrides: list[str]) -> Config:
+    """Lay trees and then overrides over the defaults; each comes with where it is from."""
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is no override: write key.path=value")
@@ -250,11 +259,6 @@ def load_config(paths: list[str | Path], overrides: list[str] = ()) -> Config:
     config: Config = _to_dataclass(merged)
     validate(config)
     return config
-
-
-def config_from_dict(tree: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote (a checkpoint's), not validated again."""
-    return _to_dataclass(OmegaConf.merge(OmegaConf.structured(Config), tree))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

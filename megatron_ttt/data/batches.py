@@ -57,7 +57,9 @@ def open_training_data(config: Config) -> TrainingData:
     """Open what `data` names; collective. Raises UserError for what is missing or does not fit."""
     data, training = config.data, config.training
     if bool(data.train) == bool(data.fixed_batches):
-        raise UserError("name the training data: either data.train (prefixes) or data.fixed_batches")
+        raise UserError(
+            "name the training data: either data.train (prefixes) or data.fixed_batches"
+        )
     tokenizer = None
     if data.tokenizer_model is not None:
         tokenizer = SentencePieceTokenizer(data.tokenizer_model)

@@ -104,6 +104,8 @@ def build_datasets(
             (Split.valid, validation, validation_samples),
         ]
     ]
+    if train is None and validation is None:
+        return None, None
     cache_dir = Path(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

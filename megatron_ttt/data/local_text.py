@@ -110,8 +110,9 @@ def _texts() -> Iterator[tuple[str, str]]:
     for name in sorted(topics):
         yield f"topic://{name}", topics[name].strip()
     paths = sysconfig.get_paths()
+    sites = dict.fromkeys([paths["purelib"], paths["platlib"]])
     roots = [Path(paths["stdlib"])]
-    roots += [Path(paths["purelib"]) / package for package in _PACKAGES]
+    roots += [Path(site) / package for package in _PACKAGES for site in sites]
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root.parent).with_suffix("").parts

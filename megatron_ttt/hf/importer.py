@@ -18,7 +18,7 @@ from megatron_ttt.hf.configuration import model_from_official
 def import_directory(source: Path, output: Path) -> None:
     """Read config.json and *.safetensors of `source`; write the checkpoint folder `output`.
 
-    Runs in one process on the CPU. The weights are stored in float32.
+    Runs on the CPU. Weights are stored in float32, or float64 where they are that.
     """
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
@@ -36,7 +36,9 @@ def import_directory(source: Path, output: Path) -> None:
 
 
 def write_checkpoint(model: ModelConfig, official: dict[str, Tensor], output: Path) -> None:
-    """Write official global tensors as a checkpoint of weights alone, in float32."""
+    """Write official global tensors as a checkpoint of weights alone."""
+    stored = {tensor.dtype for tensor in official.values()}
+    dtype = torch.float64 if torch.float64 in stored else torch.float32
     config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
     platform = platforms.start("cpu")
     platforms.start_process_group(platform)
@@ -49,7 +51,7 @@ def write_checkpoint(model: ModelConfig, official: dict[str, Tensor], output: Pa
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         platforms.seed_everything(0)
-    chunk = build_chunk(config, core_config(config, platform, torch.float32), None)
+    chunk = build_chunk(config, core_config(config, platform, dtype), None)
     try:
         load_official(chunk, model, official)
     except KeyError as missing:

@@ -6,13 +6,15 @@ projections are row-wise concatenations of official tensors; all else is renamed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ttt.config import ModelConfig
-from megatron_ttt.layers.parameters import global_shape, local_shard
+from megatron_ttt.layers.parameters import gather_global, global_shape, local_shard
 from megatron_ttt.model import EMBEDDING, global_parameters
 
 _TOP = {
@@ -73,3 +75,20 @@ def load_official(chunk: nn.Module, model: ModelConfig, official: dict[str, Tens
         if whole.shape != shape:
             raise ValueError(f"{', '.join(names)}: {tuple(whole.shape)}, not {tuple(shape)}")
         parameter.copy_(local_shard(parameter, whole))
+
+
+def gather_official(
+    chunks: list[nn.Module], model: ModelConfig, tensor_of: Callable[[nn.Parameter], Tensor]
+) -> dict[str, Tensor]:
+    """Official global tensors of the whole model, put together from every rank's parts.
+
+    tensor_of: what of a parameter is wanted (its data, its gradient). Collective; every rank gets
+    everything, so this is for models that fit one rank.
+    """
+    own = {}
+    for chunk in chunks:
+        for name, parameter in global_parameters(chunk):
+            own[name] = gather_global(parameter, tensor_of(parameter).detach()).cpu()
+    stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, own, group=parallel_state.get_pipeline_model_parallel_group())
+    return to_official(model, {k: v for stage in stages for k, v in stage.items()}.items())

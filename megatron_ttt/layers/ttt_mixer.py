@@ -173,8 +173,9 @@ class TTTMixer(MegatronModule):
         region sums the shares. (megatron-core's attributes would average them, or do nothing.)
         """
         delta = tensor_parallel.copy_to_tensor_model_parallel_region(self.learnable_token_idx)
-        index = torch.arange(1, len(delta) + 1, dtype=delta.dtype, device=delta.device)
-        return torch.clamp_min(1.0 / index + delta, 0.0)
+        # 1/i is a float32 number in the official models, in float64 ones too.
+        index = torch.arange(1, len(delta) + 1, dtype=torch.float32, device=delta.device)
+        return torch.clamp_min(index.reciprocal().to(delta.dtype) + delta, 0.0)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, **_):
         """megatron-core's map from this rank's tensors to the checkpoint's global ones."""

@@ -1,7 +1,6 @@
-"""LayerNorm in the inner loop: the inner loss's gradient through it, and that gradient's backward.
+"""LayerNorm in the inner loop, on rows of F features (the last dimension).
 
-Everything works on rows of F features. Pi is LayerNorm's backward, a linear map of rows:
-Pi(y) = (y - mean(y) - Z_hat * mean(y * Z_hat)) / s.
+Pi is LayerNorm's backward, a linear map of rows: Pi(y) = (y - mean(y) - Z_hat mean(y Z_hat)) / s.
 """
 
 from typing import NamedTuple
@@ -11,12 +10,15 @@ from torch import Tensor
 
 LN_EPS = 1e-6
 
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_INPUT_ONLY = [True, False, False]
+
 
 class Normalised(NamedTuple):
-    """Rows Z, Z_hat = LN(Z), and the statistics: mean and 1/s, s = sqrt(var + eps)."""
+    """Rows Z, Z_hat = LN(Z), and the statistics: the mean and 1/s, s = sqrt(var + eps)."""
 
     Z: Tensor
-    Z_hat: Tensor
+    hat: Tensor
     mean: Tensor
     rstd: Tensor
 
@@ -27,13 +29,5 @@ def normalise(Z: Tensor) -> Normalised:
 
 def project(y: Tensor, norm: Normalised) -> Tensor:
     """Pi(y) at the given rows."""
-    return torch.ops.aten.native_layer_norm_backward(
-        y, norm.Z, norm.Z.shape[-1:], norm.mean, norm.rstd, None, None, [True, False, False]
-    )[0]
-
-
-class InnerGradient:
-    """G = dl/dZ of the inner loss l = 1/2 ||gamma * LN(Z) + offset||^2, and its backward.
-
-    `offset` is beta minus the target. With u = gamma * (gamma * Z_hat + offset), G = Pi(u).
-    """
+    Z, _, mean, rstd = norm
+    return _layer_norm_backward(y, Z, Z.shape[-1:], mean, rstd, None, None, _INPUT_ONLY)[0]

@@ -2,142 +2,181 @@ import torch
 
 from megatron_ttt.ops.layernorm import normalise, project
 
-GROUP = 8
-
-
-def pack(W, b):
-    return (torch.cat((W, b), -2).flatten(0, 1),)
-
-
-def unpack(W_AEF, B, H):
-    W = W_AEF.unflatten(0, (B, H))
-    return W[..., :-1, :].contiguous(), W[..., -1:, :].contiguous()
-
 
 def flat(x):
     return x.flatten(0, 1)
 
 
-def run(inputs, W_AEF, buf):
-    x, lam, tau, gamma = inputs.x_NAKE, inputs.lam_NAK, inputs.tau_K, inputs.gamma_A1F
-    N, A, K, E = x.shape
-    F = E - 1
-    offset = torch.sub(x[..., :F], inputs.v_NAKF, out=buf("offset", N, A, K, F))
-    offset += inputs.beta_A1F
-    u = torch.mul(gamma, offset, out=buf("u", N, A, K, F))
-    gg = torch.mul(gamma, gamma, out=buf("gg", A, 1, F))
-    step = torch.mul(x, (lam * -tau[-1]).unsqueeze(-1), out=buf("step", N, A, K, E))
-    W = buf("W", N + 1, A, E, F)
-    Z = buf("Z", N, A, K, F)
-    hG = buf("hG", N, A, 2, K, F)
-    W[0] = W_AEF
-    norms = []
-    for x_i, step_i, u_i, Z_i, hat_i, G_i, W_i, W_next in zip(
-        x, step, u, Z, hG[:, :, 0], hG[:, :, 1], W, W[1:]
-    ):
-        torch.bmm(x_i, W_i, out=Z_i)
-        norm = normalise(Z_i)
-        u_i.addcmul_(gg, norm.Z_hat)
-        G_i.copy_(project(u_i, norm))
-        hat_i.copy_(norm.Z_hat)
-        torch.baddbmm(W_i, step_i.mT, G_i, out=W_next)
-        norms.append(norm)
-    return hG, W, norms, u, offset, step, gg
+class LinearGroup:
+    SIZE = 8
 
+    @staticmethod
+    def pack(W, b):
+        return (torch.cat((W, b), -2).flatten(0, 1),)
 
-def respond(inputs, W, G, buf):
-    q, x = inputs.q_NAKE, inputs.x_NAKE
-    N, A, K, E = x.shape
-    F = E - 1
-    rates = torch.mul(inputs.tau_K[:, None], inputs.lam_NAK.unsqueeze(-2), out=buf("rates", N, A, K, K))
-    rates.tril_()
-    S = torch.bmm(flat(q), flat(x).mT, out=buf("S", N * A, K, K)).view(N, A, K, K)
-    P = torch.mul(rates, S, out=buf("P", N, A, K, K))
-    Zbar = torch.bmm(flat(q), flat(W[:N]), out=buf("Zbar", N * A, K, F))
-    Zbar.baddbmm_(flat(P), flat(G), alpha=-1)
-    return rates, S, P, normalise(Zbar.view(N, A, K, F))
+    @staticmethod
+    def unpack(W_AEF, B, H):
+        W = W_AEF.unflatten(0, (B, H))
+        return W[..., :-1, :].contiguous(), W[..., -1:, :].contiguous()
 
+    def __init__(self, N, A, K, F, M, like):
+        E = F + 1
+        self.shape = N, A, K, F
+        new = like.new_empty
+        self.qx_NA2KE = new(N, A, 2 * K, E)
+        self.qx_NA2KE[..., F] = 1
+        self.q_NAKE, self.x_NAKE = self.qx_NA2KE.split(K, 2)
+        self.offset_NAKF = new(N, A, K, F)
+        self.u_NAKF = new(N, A, K, F)
+        self.Z_NAKF = new(N, A, K, F)
+        self.G_NAKF = new(N, A, K, F)
+        self.step_NAKE = new(N, A, K, E)
+        self.W_NAEF = new(N + 1, A, E, F)
+        self.rates_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
+        self.Zbar_NAKF = new(N, A, K, F)
+        self.forward_views = list(zip(
+            self.x_NAKE, self.u_NAKF, self.step_NAKE.mT, self.Z_NAKF, self.W_NAEF, self.W_NAEF[1:]
+        ))
 
-def forward(inputs, packed, buf):
-    (W_AEF,) = packed
-    F = W_AEF.shape[-1]
-    hG, W, *_ = run(inputs, W_AEF, buf)
-    *_, bar = respond(inputs, W, hG[:, :, 1], buf)
-    out = torch.add(inputs.q_NAKE[..., :F], inputs.beta_A1F, out=buf("out", *bar.Z.shape))
-    out.addcmul_(bar.Z_hat, inputs.gamma_A1F)
-    return out, (W[-1],)
+    def prepare_backward(self):
+        N, A, K, F = self.shape
+        E = F + 1
+        new = self.u_NAKF.new_empty
+        self.hG_NA2KF = new(N, A, 2, K, F)
+        self.h_NAK1 = new(N, A, K, 1)
+        self.scale_NA1K1 = new(N, A, 1, K, 1)
+        self.dZZ_NA2KF = new(N, A, 2 * K, F)
+        self.dW_NAEF = new(N + 1, A, E, F)
+        self.D0_NAKF = new(N, A, K, F)
+        self.D_AKF = new(A, K, F)
+        self.T_AKF = new(A, K, F)
+        self.prod_A2KF = new(A, 2, K, F)
+        self.ce_A2K1 = new(A, 2, K, 1)
+        self.dP_NAKK, self.dS_NAKK = new(2, N, A, K, K)
+        self.dq_NAKF, self.dx_NAKF, self.t_NAKF, self.du_NAKF = new(4, N, A, K, F)
+        self.R_NAKE = new(N, A, K, E)
+        self.backward_views = list(zip(
+            self.step_NAKE, self.D0_NAKF, self.hG_NA2KF, self.hG_NA2KF[:, :, 0], self.hG_NA2KF[:, :, 1],
+            self.h_NAK1, self.scale_NA1K1, self.qx_NA2KE.mT, self.dZZ_NA2KF, self.dZZ_NA2KF[:, :, K:],
+            self.dW_NAEF, self.dW_NAEF[1:],
+        ))
 
+    def load(self, q, k, v, lam, tau, gamma, beta):
+        N, A, K, F = self.shape
+        heads = q.shape[1:3]
+        self.q_NAKE.unflatten(1, heads)[..., :F] = q
+        self.x_NAKE.unflatten(1, heads)[..., :F] = k
+        torch.sub(self.x_NAKE.unflatten(1, heads)[..., :F], v, out=self.offset_NAKF.unflatten(1, heads))
+        self.lam_NAK = lam.flatten(1, 2)
+        self.tau, self.gamma, self.beta = tau, gamma, beta
+        self.offset_NAKF += beta
+        torch.mul(gamma, self.offset_NAKF, out=self.u_NAKF)
+        self.gg = gamma * gamma
+        torch.mul(self.x_NAKE, (self.lam_NAK * -tau[-1]).unsqueeze(-1), out=self.step_NAKE)
 
-def backward(inputs, packed, d_out, d_packed, buf):
-    (W_AEF,), (dW_AEF,) = packed, d_packed
-    qx, q, x, lam, tau, gamma = (
-        inputs.qx_NA2KE, inputs.q_NAKE, inputs.x_NAKE, inputs.lam_NAK, inputs.tau_K, inputs.gamma_A1F
-    )
-    N, A, K, E = x.shape
-    F = E - 1
-    hG, W, norms, u, offset, step, gg = run(inputs, W_AEF, buf)
-    hat, G = hG[:, :, 0], hG[:, :, 1]
-    rates, S, P, bar = respond(inputs, W, G, buf)
-    # step 1
-    t = torch.mul(gamma, d_out, out=buf("t", N, A, K, F))
-    dZZ = buf("dZZ", N, A, 2 * K, F)
-    dZbar = project(t, bar)
-    dZZ[:, :, :K] = dZbar
-    dgamma = torch.mul(d_out, bar.Z_hat, out=t).sum((0, 2))
-    dbeta = d_out.sum((0, 2))
-    dq = buf("dq", N, A, K, F).copy_(d_out)
-    # step 2
-    dP = torch.bmm(flat(dZbar), flat(G).mT, out=buf("dP", N * A, K, K)).view(N, A, K, K)
-    dP.neg_().tril_()
-    dS = torch.mul(dP, rates, out=buf("dS", N, A, K, K))
-    D0 = torch.bmm(flat(P).mT, flat(dZbar), out=buf("D0", N * A, K, F)).view(N, A, K, F)
-    D0.neg_()
-    dP *= S
-    dlam = (tau @ dP)
-    dtau = torch.matmul(dP, lam.unsqueeze(-1)).sum((0, 1))[:, 0]
-    # second order constants
-    rstd = torch.stack([n.rstd for n in norms])
-    scale = rstd * (-1 / F)
-    h = torch.mul(u, hat, out=t).sum(-1, keepdim=True) * scale
-    scale = scale.unsqueeze(2)
-    dW = buf("dW", N + 1, A, E, F)
-    dW[N] = dW_AEF
-    dus = []
-    prod = buf("prod", A, 2, K, F)
-    D = buf("D", A, K, F)
-    T = buf("T", A, K, F)
-    rev = lambda x: reversed(x.unbind(0))
-    for norm, D0_i, step_i, hG_i, h_i, scale_i, qx_i, dZZ_i, dW_i, dW_next in zip(
-        reversed(norms), *map(rev, (D0, step, hG, h, scale, qx, dZZ, dW[:N], dW[1:]))
-    ):
-        torch.baddbmm(D0_i, step_i, dW_next, out=D)
-        du = project(D, norm)
-        torch.mul(D.unsqueeze(1), hG_i, out=prod)
-        c, e = (prod.sum(-1, keepdim=True) * scale_i).unbind(1)
-        torch.mul(gg, du, out=T)
-        T.addcmul_(D, h_i)
-        dZ = project(T, norm)
-        dZ.addcmul_(e, hG_i[:, 0])
-        torch.addcmul(dZ, c, hG_i[:, 1], out=dZZ_i[:, K:])
-        torch.baddbmm(dW_next, qx_i.mT, dZZ_i, out=dW_i)
-        dus.append(du)
-    dus.reverse()
-    du = torch.stack(dus, out=buf("du", N, A, K, F))
-    Wt = flat(W[:N, :, :F]).mT
-    flat(dq).baddbmm_(flat(dZbar), Wt).baddbmm_(flat(dS), flat(x)[..., :F])
-    dx = torch.bmm(flat(dS).mT, flat(q)[..., :F], out=buf("dx", N * A, K, F))
-    dx = dx.baddbmm_(flat(dZZ[:, :, K:]), Wt).view(N, A, K, F)
-    R = torch.bmm(flat(G), flat(dW[1:]).mT, out=buf("R", N * A, K, E)).view(N, A, K, E)
-    rate = (lam * -tau[-1]).unsqueeze(-1)
-    dx.addcmul_(R[..., :F], rate)
-    R *= x
-    YG = R.sum(-1)
-    dlam.sub_(YG * tau[-1])
-    dtau[-1] -= (YG * lam).sum()
-    offset.addcmul_(hat, gamma, value=2)
-    dgamma += offset.mul_(du).sum((0, 2))
-    du *= gamma
-    dx += du
-    dv = du.neg_()
-    dbeta -= dv.sum((0, 2))
-    return (dq, dx, dv, dlam, dtau, dgamma, dbeta), (dW[0].clone(),)
+    def run(self, W_AEF):
+        self.W_NAEF[0] = W_AEF
+        norms, Gs = [], []
+        gg = self.gg
+        for x, u, stepT, Z, W, W_next in self.forward_views:
+            torch.bmm(x, W, out=Z)
+            norm = normalise(Z)
+            u.addcmul_(gg, norm.hat)
+            G = project(u, norm)
+            torch.baddbmm(W, stepT, G, out=W_next)
+            norms.append(norm)
+            Gs.append(G)
+        torch.stack(Gs, out=self.G_NAKF)
+        q, x = flat(self.q_NAKE), flat(self.x_NAKE)
+        torch.mul(self.tau[:, None], self.lam_NAK.unsqueeze(-2), out=self.rates_NAKK)
+        self.rates_NAKK.tril_()
+        torch.bmm(q, x.mT, out=flat(self.S_NAKK))
+        torch.mul(self.rates_NAKK, self.S_NAKK, out=self.P_NAKK)
+        Zbar = flat(self.Zbar_NAKF)
+        torch.bmm(q, flat(self.W_NAEF[:-1]), out=Zbar)
+        Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
+        return norms, normalise(self.Zbar_NAKF)
+
+    def forward(self, packed):
+        (W_AEF,) = packed
+        _, bar = self.run(W_AEF)
+        out = torch.add(self.q_NAKE[..., :-1], self.beta, out=self.Zbar_NAKF)
+        out.addcmul_(bar.hat, self.gamma)
+        return out, (self.W_NAEF[-1],)
+
+    def backward(self, packed, d_out, d_packed):
+        N, A, K, F = self.shape
+        (W_AEF,), (dW_AEF,) = packed, d_packed
+        norms, bar = self.run(W_AEF)
+        q, x, lam, tau, gamma, gg = self.q_NAKE, self.x_NAKE, self.lam_NAK, self.tau, self.gamma, self.gg
+        hat, G = self.hG_NA2KF.unbind(2)
+        G.copy_(self.G_NAKF)
+        torch.stack([n.hat for n in norms], out=hat)
+        # step 1
+        d_out_ = d_out
+        d_out = self.dq_NAKF
+        d_out.unflatten(1, d_out_.shape[1:3]).copy_(d_out_)
+        t = torch.mul(gamma, d_out, out=self.t_NAKF)
+        dZbar = project(t, bar)
+        self.dZZ_NA2KF[:, :, :K] = dZbar
+        dgamma = torch.mul(d_out, bar.hat, out=t).sum((0, 2))
+        dbeta = d_out.sum((0, 2))
+        # step 2
+        dP = self.dP_NAKK
+        torch.bmm(flat(dZbar), flat(G).mT, out=flat(dP))
+        dP.neg_().tril_()
+        dS = torch.mul(dP, self.rates_NAKK, out=self.dS_NAKK)
+        D0 = self.D0_NAKF
+        torch.bmm(flat(self.P_NAKK).mT, flat(dZbar), out=flat(D0))
+        D0.neg_()
+        dP *= self.S_NAKK
+        dlam = tau @ dP
+        dtau = torch.matmul(dP, lam.unsqueeze(-1)).sum((0, 1))[:, 0]
+        # second order constants
+        rstd = torch.stack([n.rstd for n in norms])
+        scale = rstd * (-1 / F)
+        self.scale_NA1K1[:, :, 0] = scale
+        torch.mul(torch.mul(self.u_NAKF, hat, out=t).sum(-1, keepdim=True), scale, out=self.h_NAK1)
+        self.dW_NAEF[N] = dW_AEF
+        dus = []
+        D, T, prod, ce = self.D_AKF, self.T_AKF, self.prod_A2KF, self.ce_A2K1
+        D_A1KF = D.unsqueeze(1)
+        c, e = ce.unbind(1)
+        for norm, views in zip(reversed(norms), reversed(self.backward_views)):
+            step, D0_i, hG, hat_i, G_i, h, scale_i, qxT, dZZ, dZx, dW, dW_next = views
+            torch.baddbmm(D0_i, step, dW_next, out=D)
+            du = project(D, norm)
+            torch.mul(D_A1KF, hG, out=prod)
+            torch.sum(prod, -1, keepdim=True, out=ce)
+            ce.mul_(scale_i)
+            torch.mul(gg, du, out=T)
+            T.addcmul_(D, h)
+            dZ = project(T, norm)
+            dZ.addcmul_(e, hat_i)
+            torch.addcmul(dZ, c, G_i, out=dZx)
+            torch.baddbmm(dW_next, qxT, dZZ, out=dW)
+            dus.append(du)
+        dus.reverse()
+        du = torch.stack(dus, out=self.du_NAKF)
+        Wt = flat(self.W_NAEF[:N, :, :F]).mT
+        dq = flat(self.dq_NAKF)
+        dq.baddbmm_(flat(dZbar), Wt).baddbmm_(flat(dS), flat(x)[..., :F])
+        dx = flat(self.dx_NAKF)
+        torch.bmm(flat(dS).mT, flat(q)[..., :F], out=dx)
+        dx.baddbmm_(flat(self.dZZ_NA2KF[:, :, K:]), Wt)
+        dx = self.dx_NAKF
+        R = self.R_NAKE
+        torch.bmm(flat(G), flat(self.dW_NAEF[1:]).mT, out=flat(R))
+        rate = (lam * -tau[-1]).unsqueeze(-1)
+        dx.addcmul_(R[..., :F], rate)
+        R *= x
+        YG = R.sum(-1)
+        dlam.sub_(YG * tau[-1])
+        dtau[-1] -= (YG * lam).sum()
+        self.offset_NAKF.addcmul_(hat, gamma, value=2)
+        dgamma += self.offset_NAKF.mul_(du).sum((0, 2))
+        du *= gamma
+        dx += du
+        dv = du.neg_()
+        dbeta -= dv.sum((0, 2))
+        return (self.dq_NAKF, dx, dv, dlam, dtau, dgamma, dbeta), (self.dW_NAEF[0],)

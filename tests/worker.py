@@ -1,9 +1,9 @@
 """Run training cases, one after the other, in one torchrun job; each rank takes part in all.
 
-    torchrun --nproc-per-node N tests/parallel/worker.py CASES.json
+    torchrun --nproc-per-node N tests/worker.py CASES.json
 
-A case: {"name", "config": [YAML], "overrides": [...], "output": FOLDER, "gradients": bool}. Writes
-OUTPUT/result.safetensors: final weights under `param/NAME` (official names) and, on request, the
+A case is {"import": HF_DIR, "output": CHECKPOINT} or a run: {"config": [YAML], "overrides": [...],
+"output": FOLDER, "gradients": bool}. A run writes OUTPUT/result.safetensors: final weights under `param/NAME` (official names) and, on request, the
 first step's gradients under `grad/NAME`; OUTPUT/result.json: what did not hold on some rank.
 Losses and the rest are in the run's own metrics.jsonl.
 """
@@ -22,9 +22,22 @@ def main() -> None:
     """Run every case of the file named on the command line."""
     torch.set_num_threads(1)
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case)
+        if "import" in case:
+            import_case(case)
+        else:
+            run_case(case)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def import_case(case: dict) -> None:
+    """Make a checkpoint of an official directory."""
+    from megatron_ttt.hf.importer import import_directory
+
+    import_directory(Path(case["import"]), Path(case["output"]))
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
 
 
 def run_case(case: dict) -> None:
@@ -94,32 +107,30 @@ def first_gradients(trainer, tensors: dict, problems: list) -> None:
 
 
 def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> None:
-    """Global tensors of all stages into `tensors` (rank 0), and replicas that are not bit-equal
-    into `problems`."""
+    """Global tensors of all stages into `tensors`, and replicas that are not bit-equal into
+    `problems`."""
     from megatron.core import parallel_state
 
-    from megatron_ttt.hf.mapping import to_official
-    from megatron_ttt.layers.parameters import gather_global
+    from megatron_ttt.hf.mapping import gather_official
     from megatron_ttt.model import global_parameters
 
     group = parallel_state.get_tensor_model_parallel_group()
-    own = {}
     for chunk in trainer.chunks:
         for name, parameter in global_parameters(chunk):
-            local = tensor_of(parameter).detach().clone()
+            local = tensor_of(parameter).detach()
             if not parameter.tensor_model_parallel:
                 copies = [torch.empty_like(local) for _ in range(group.size())]
-                dist.all_gather(copies, local, group=group)
+                dist.all_gather(copies, local.contiguous(), group=group)
                 if not all(torch.equal(copy, local) for copy in copies):
                     problems.append(f"{kind} {name} differs between TP ranks")
-            own[name] = gather_global(parameter, local)
-    stages = [None] * dist.get_world_size()
-    dist.all_gather_object(stages, own)
-    for stage in stages:
-        for name, tensor in to_official(trainer.config.model, stage.items()).items():
-            earlier = tensors.setdefault(f"{kind}/{name}", tensor)
-            if not torch.equal(earlier, tensor):
-                problems.append(f"{kind} {name} differs between stages or data-parallel ranks")
+    official = gather_official(trainer.chunks, trainer.config.model, tensor_of)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, official)
+    for other in everyone:
+        for name, tensor in other.items():
+            if not torch.equal(official[name], tensor):
+                problems.append(f"{kind} {name} differs between ranks")
+    tensors.update({f"{kind}/{name}": tensor for name, tensor in official.items()})
 
 
 FP32 = ("W1", "b1", "W2", "b2", "learnable_token_idx", "ttt_norm", "learnable_ttt_lr")
