@@ -40,7 +40,7 @@ class ModelConfig:
     ffn_hidden_size: int = MISSING
     """Width of the SwiGLU."""
     vocab_size: int = 32000
-    """Entries of the embedding (padded to a multiple of the tensor-parallel size in memory only)."""
+    """Entries of the embedding (in memory padded to a multiple of the tensor-parallel size)."""
     mini_batch_size: int = 16
     """TTT: tokens K of one inner gradient step."""
     ttt_base_lr: float = 1.0
@@ -117,7 +117,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     inner_lr_warmup: bool | None = None
-    """Warm the inner learning rate up with the outer, from a tenth of it; null: for ttt_mlp only."""
+    """Warm the inner learning rate up with the outer, from a tenth of it; null: for ttt_mlp."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ WORKER = Path(__file__).parent / "worker.py"
 def read_golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The official config and the tensors of a golden file."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
+        config = json.loads(file.metadata()["config"])
+    return config, load_file(GOLDEN / f"{name}.safetensors")
 
 
 def section(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
@@ -93,7 +95,7 @@ def random_official(
         parameters[t + "learnable_token_idx"] = around(0, 0.1, 16)
         parameters[t + "ttt_norm_weight"] = around(1, 0.2, heads, f)
         parameters[t + "ttt_norm_bias"] = around(0, 0.2, heads, f)
-        for i, (rows, columns) in enumerate(zip(inner, inner[1:]), start=1):
+        for i, (rows, columns) in enumerate(pairwise(inner), start=1):
             parameters[f"{t}W{i}"] = around(0, 0.1, heads, rows, columns)
             parameters[f"{t}b{i}"] = around(0, 0.1, heads, 1, columns)
         parameters[t + "post_norm.weight"] = around(1, 0.2, width)
@@ -148,10 +150,24 @@ class Job:
         run_dir = self.folder / name
         self.cases.setdefault(PROCESSES.get(layout, 2), []).append(
             {
-                "config": [str(path)],
+                "train": [str(path)],
                 "overrides": [*LAYOUTS[layout], f"run.dir={run_dir}", "run.device=cpu", *overrides],
                 "output": str(run_dir / "result"),
                 "gradients": gradients,
+            }
+        )
+
+    def evaluate(self, name: str, layout: str, checkpoint: Path, ids: torch.Tensor, dtype) -> None:
+        """Add an evaluation of a checkpoint at a layout; its folder is `name`."""
+        path = self.folder / f"{name}.npy"
+        np.save(path, ids.numpy())
+        self.cases.setdefault(PROCESSES.get(layout, 2), []).append(
+            {
+                "evaluate": str(checkpoint),
+                "dtype": dtype,
+                "overrides": [*LAYOUTS[layout], "run.device=cpu"],
+                "input_ids": str(path),
+                "output": str(self.folder / name / "result"),
             }
         )
 
@@ -162,18 +178,20 @@ class Job:
             path.write_text(json.dumps(self.cases[processes]))
             torchrun(processes, WORKER, path)
 
-    def losses(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The losses and gradient norms of a run, step by step."""
+    def losses(self, name: str, first: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The losses and gradient norms of a run, step by step from `first`."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         steps = [record for record in map(json.loads, lines) if "loss" in record]
-        assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+        assert [record["step"] for record in steps] == list(range(first, len(steps) + first))
         return tuple(np.array([record[key] for record in steps]) for key in ("loss", "grad_norm"))
 
-    def result(self, name: str) -> tuple[dict[str, torch.Tensor], dict]:
-        """The tensors and the facts that the worker wrote for a run."""
-        output = self.folder / name / "result"
-        facts = json.loads((output / "result.json").read_text())
-        return load_file(output / "result.safetensors"), facts
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that the worker wrote for a case."""
+        return load_file(self.folder / name / "result" / "result.safetensors")
+
+    def facts(self, name: str) -> dict:
+        """What the worker wrote about a run."""
+        return json.loads((self.folder / name / "result" / "result.json").read_text())
 
 
 def environment() -> dict[str, str]:

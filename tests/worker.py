@@ -1,11 +1,16 @@
-"""Run training cases, one after the other, in one torchrun job; each rank takes part in all.
+"""Run cases, one after the other, in one torchrun job; every rank takes part in all.
 
     torchrun --nproc-per-node N tests/worker.py CASES.json
 
-A case is {"import": HF_DIR, "output": CHECKPOINT} or a run: {"config": [YAML], "overrides": [...],
-"output": FOLDER, "gradients": bool}. A run writes OUTPUT/result.safetensors: final weights under `param/NAME` (official names) and, on request, the
-first step's gradients under `grad/NAME`; OUTPUT/result.json: what did not hold on some rank.
-Losses and the rest are in the run's own metrics.jsonl.
+A case is one of
+- {"import": HF_DIR, "output": CHECKPOINT};
+- {"evaluate": CHECKPOINT, "dtype", "overrides", "input_ids": NPY, "output": FOLDER}: writes
+  FOLDER/result.safetensors with `logits` and `grad/NAME`;
+- {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool}: writes
+  FOLDER/result.safetensors with the final weights, `param/NAME`, and on request the first step's
+  gradients, `grad/NAME`; FOLDER/result.json: what did not hold on some rank. Losses are in the
+  run's own metrics.jsonl.
+Names are the official ones.
 """
 
 from __future__ import annotations
@@ -22,10 +27,11 @@ def main() -> None:
     """Run every case of the file named on the command line."""
     torch.set_num_threads(1)
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        if "import" in case:
-            import_case(case)
-        else:
-            run_case(case)
+        kind = next(kind for kind in CASES if kind in case)
+        CASES[kind](case)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -35,20 +41,31 @@ def import_case(case: dict) -> None:
     from megatron_ttt.hf.importer import import_directory
 
     import_directory(Path(case["import"]), Path(case["output"]))
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
 
 
-def run_case(case: dict) -> None:
+def evaluate_case(case: dict) -> None:
+    """Logits and gradients of a checkpoint."""
+    from megatron_ttt import evaluation
+    from megatron_ttt.training.trainer import start
+
+    config = evaluation.evaluation_config(case["evaluate"], case["overrides"])
+    platform = start(config)
+    dtype = getattr(torch, case["dtype"])
+    evaluator = evaluation.Evaluator(config, platform, case["evaluate"], dtype)
+    ids = evaluation.read_input_ids(Path(case["input_ids"]), config.model.vocab_size)
+    logits = evaluator.logits(ids)
+    tensors = {f"grad/{name}": grad for name, grad in evaluator.gradients(ids).items()}
+    if evaluation.is_last_stage_writer():
+        write_tensors(case, {"logits": logits, **tensors})
+
+
+def train_case(case: dict) -> None:
     """One training run, from building to its last step."""
     from megatron_ttt.config import load_config
     from megatron_ttt.training.trainer import Trainer, start
 
-    config = load_config(case["config"], case["overrides"])
+    config = load_config(case["train"], case["overrides"])
     platform = start(config)
-    from megatron.core import parallel_state
-
     trainer = Trainer(config, platform)
     tensors, problems = {}, []
     if case.get("gradients"):
@@ -64,19 +81,26 @@ def run_case(case: dict) -> None:
         "buckets": bucket_table(trainer),
     }
     if dist.get_rank() == 0:
-        from safetensors.torch import save_file
+        write_tensors(case, tensors)
+        (Path(case["output"]) / "result.json").write_text(json.dumps(facts))
 
-        output = Path(case["output"])
-        output.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, output / "result.safetensors")
-        (output / "result.json").write_text(json.dumps(facts))
-    parallel_state.destroy_model_parallel()
+
+def write_tensors(case: dict, tensors: dict) -> None:
+    """OUTPUT/result.safetensors."""
+    from safetensors.torch import save_file
+
+    output = Path(case["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, output / "result.safetensors")
 
 
 def bucket_table(trainer) -> list[list[list[int]]]:
     """For each gradient buffer, each bucket's [elements of parameters, elements with padding]."""
     return [
-        [[sum(p.numel() for p in bucket.params), bucket.grad_data.numel()] for bucket in buffer.buckets]
+        [
+            [sum(p.numel() for p in bucket.params), bucket.grad_data.numel()]
+            for bucket in buffer.buckets
+        ]
         for ddp in trainer.ddp_chunks
         for buffer in ddp.buffers
     ]
@@ -84,18 +108,16 @@ def bucket_table(trainer) -> list[list[list[int]]]:
 
 def first_gradients(trainer, tensors: dict, problems: list) -> None:
     """The gradients of the first batch; the trainer is left as it was."""
+    from megatron_ttt.model import set_inner_lr_scale
     from megatron_ttt.training.schedules import inner_lr_scale
     from megatron_ttt.training.step import run_batches
-    from megatron_ttt.model import set_inner_lr_scale
 
     for chunk in trainer.ddp_chunks:
         chunk.zero_grad_buffer()
         chunk.train()
     set_inner_lr_scale(trainer.chunks, inner_lr_scale(trainer.config, trainer.step + 1))
     microbatches = next(trainer.data.train_batches(trainer.step, trainer.step + 1))
-    run_batches(
-        trainer.ddp_chunks, microbatches, trainer.data.masked_id, trainer.platform.device
-    )
+    run_batches(trainer.ddp_chunks, microbatches, trainer.data.masked_id, trainer.platform.device)
     # Each data-parallel rank holds its shard of every reduced bucket.
     for ddp in trainer.ddp_chunks:
         for buffer in ddp.buffers:
@@ -153,6 +175,8 @@ def gathered(problems: list) -> list:
     dist.all_gather_object(everyone, problems)
     return sorted({problem for one in everyone for problem in one})
 
+
+CASES = {"import": import_case, "evaluate": evaluate_case, "train": train_case}
 
 if __name__ == "__main__":
     main()

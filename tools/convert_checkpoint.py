@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert checkpoints: official Hugging Face directories in.
 
-    tools/convert_checkpoint.py import --hf HF_DIR --output CHECKPOINT_DIR
+tools/convert_checkpoint.py import --hf HF_DIR --output CHECKPOINT_DIR
 """
 
 from __future__ import annotations

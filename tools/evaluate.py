@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint-STEP folder")
     parser.add_argument("--dtype", choices=("float64", "float32"), help="default: as trained")
     parser.add_argument("--input-ids", type=Path, help=".npy of token ids [B, L]")
-    parser.add_argument("--save-logits", type=Path, help=".npy to write [B, L, V], float32 (float64 in that dtype)")
+    parser.add_argument("--save-logits", type=Path, help=".npy to write: [B, L, V]")
     parser.add_argument(
         "--save-gradients",
         type=Path,

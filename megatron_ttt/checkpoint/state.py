@@ -35,9 +35,7 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(
-    path: Path, chunks: list[nn.Module], optimizer, state: dict[str, Any]
-) -> None:
+def save_checkpoint(path: Path, chunks: list[nn.Module], optimizer, state: dict[str, Any]) -> None:
     """Write and publish a checkpoint folder; collective.
 
     chunks: unwrapped, with current weights. optimizer: None saves the weights alone. state: what

@@ -92,7 +92,9 @@ def _listing(run_dir: Path) -> list[tuple[str, int, Path]]:
 def check_architecture(checkpoint: Checkpoint, model: dict[str, Any]) -> None:
     """Refuse a checkpoint whose tensors are not this model's."""
     saved = checkpoint.config["model"]
-    ignored = () if model["layer"].startswith("ttt") else ("backbone", "mini_batch_size", "conv_kernel")
+    ignored = (
+        () if model["layer"].startswith("ttt") else ("backbone", "mini_batch_size", "conv_kernel")
+    )
     differing = [
         f"{key}={saved[key]} there, {model[key]} here"
         for key in ARCHITECTURE

@@ -89,7 +89,7 @@ def build_datasets(
     tokenizer: SentencePieceTokenizer,
     cache_dir: str | Path,
 ) -> tuple[TokenWindows | None, TokenWindows | None]:
-    """The training and the validation dataset; None for a blend that is None.
+    """The training and the validation dataset, of one sample or more; None for a blend of None.
 
     Collective: where torch.distributed is initialised every rank calls it, rank 0 builds the
     sample indices in `cache_dir`, which all ranks must see, and the others read them. Blends

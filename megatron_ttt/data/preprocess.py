@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -212,7 +213,14 @@ def _start_worker(model_path: Path, *options) -> None:
     global _worker_encoder
     # Ctrl-C reaches the whole process group: the parent answers it, and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
     _worker_encoder = Encoder(SentencePieceTokenizer(model_path), *options)
+
+
+def _exit_with_the_parent() -> None:
+    """A pool whose parent was killed would wait for its next batch forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode_in_worker(batch: Batch) -> EncodedBatch:

@@ -34,7 +34,9 @@ def model_from_official(official: dict[str, Any]) -> ModelConfig:
     config = {**_DEFAULTS, **official}
     layers = {"linear": "ttt_linear", "mlp": "ttt_mlp"}
     if config["ttt_layer_type"] not in layers:
-        raise UserError(f"config.json: ttt_layer_type={config['ttt_layer_type']} is not linear or mlp")
+        raise UserError(
+            f"config.json: ttt_layer_type={config['ttt_layer_type']} is not linear or mlp"
+        )
     flags = {config[name] for name in ("use_gate", "share_qk", "pre_conv")}
     if len(flags) > 1:
         raise UserError(

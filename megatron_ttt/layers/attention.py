@@ -12,7 +12,9 @@ class CausalAttention(nn.Module):
     def __init__(self, config, **_):
         super().__init__()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_
+    ) -> Tensor:
         """query, key, value [S, B, H, F] -> [S, B, H*F]. The mask is causal whatever is passed."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out_BHSF = F.scaled_dot_product_attention(q, k, v, is_causal=True)

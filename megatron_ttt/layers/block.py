@@ -1,4 +1,4 @@
-"""The TTT block: megatron-core's transformer layer, with the Mamba backbone's pre-conv before it."""
+"""The TTT block: megatron-core's transformer layer after the Mamba backbone's pre-conv."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ class CausalConv(nn.Module):
     def __init__(self, config, channels: int, width: int, *, sharded: bool):
         super().__init__()
         dim = 0 if sharded else None
-        self.weight = new_parameter(config, (channels, 1, width), lecun_normal(width), shard_dim=dim)
+        self.weight = new_parameter(
+            config, (channels, 1, width), lecun_normal(width), shard_dim=dim
+        )
         self.bias = new_parameter(config, (channels,), zeros, shard_dim=dim)
 
     def forward(self, x_SBC: Tensor, halo_WBC: Tensor | None = None) -> Tensor:

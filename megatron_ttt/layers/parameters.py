@@ -95,9 +95,7 @@ def local_shard(parameter: nn.Parameter, global_tensor: Tensor) -> Tensor:
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     dim, parts = parameter.partition_dim, parameter.partition_stride
-    return torch.cat(
-        [part.chunk(size, dim)[rank] for part in global_tensor.chunk(parts, dim)], dim
-    )
+    return torch.cat([part.chunk(size, dim)[rank] for part in global_tensor.chunk(parts, dim)], dim)
 
 
 def gather_global(parameter: nn.Parameter, local: Tensor) -> Tensor:

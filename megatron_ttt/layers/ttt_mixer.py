@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class TTTMixer(MegatronModule):
         *,
         model: ModelConfig,
         scan_backend: str = "auto",
+        pg_collection=None,
         **_,
     ):
         super().__init__(config)
@@ -66,6 +68,7 @@ class TTTMixer(MegatronModule):
             model.num_heads // parallel_state.get_tensor_model_parallel_world_size()
         )
         D, nh, f = model.hidden_size, model.num_heads, model.head_dim
+        tp_group = pg_collection.tp if pg_collection else None
         self.parts = ("q", "v", "g") if model.is_mamba else ("q", "k", "v")
         # x is gathered (or copied) once for the projection and the lr gate, so that in_proj sees
         # whole sequences and leaves the reduction of their gradient to that one place.
@@ -82,6 +85,7 @@ class TTTMixer(MegatronModule):
             skip_bias_add=False,
             disable_grad_reduce=True,
             stride=len(self.parts),
+            tp_group=tp_group,
         )
         self.out_proj = build_module(
             submodules.out_proj,
@@ -92,6 +96,7 @@ class TTTMixer(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
+            tp_group=tp_group,
         )
         self.post_norm = PostNorm(config, D)
         if model.is_mamba:
@@ -104,14 +109,12 @@ class TTTMixer(MegatronModule):
         weights = normal(model.init_std)
         self.learnable_ttt_lr_weight = per_head((1, D), weights)
         self.learnable_ttt_lr_bias = per_head((1,), zeros)
-        self.learnable_token_idx = new_parameter(
-            config, (model.mini_batch_size,), zeros, fp32=True
-        )
+        self.learnable_token_idx = new_parameter(config, (model.mini_batch_size,), zeros, fp32=True)
         self.ttt_norm_weight = per_head((f,), ones)
         self.ttt_norm_bias = per_head((f,), zeros)
         widths = (f, f) if model.layer == "ttt_linear" else (f, MLP_EXPANSION * f, f)
         self.state_names = []
-        for i, (rows, columns) in enumerate(zip(widths, widths[1:]), start=1):
+        for i, (rows, columns) in enumerate(pairwise(widths), start=1):
             setattr(self, f"W{i}", per_head((rows, columns), weights))
             setattr(self, f"b{i}", per_head((1, columns), zeros))
             self.state_names += [f"W{i}", f"b{i}"]
@@ -162,7 +165,9 @@ class TTTMixer(MegatronModule):
     def inner_learning_rate(self, x_SBD: Tensor) -> Tensor:
         """lam [B, H, L]: base * sigmoid(x . w + c) / f, in the gate's dtype (at least float32)."""
         weight_HD = self.learnable_ttt_lr_weight.squeeze(1)
-        logits = F.linear(x_SBD.to(weight_HD.dtype), weight_HD, self.learnable_ttt_lr_bias.squeeze(1))
+        logits = F.linear(
+            x_SBD.to(weight_HD.dtype), weight_HD, self.learnable_ttt_lr_bias.squeeze(1)
+        )
         scale = self.model.ttt_base_lr * self.inner_lr_scale / self.model.head_dim
         return scale * torch.sigmoid(logits).permute(1, 2, 0)
 
@@ -201,8 +206,8 @@ class TTTMixer(MegatronModule):
 def _unpacked(packed: ShardedTensor, parts: int, sharded_offsets) -> ShardedTensorFactory:
     """Store a packed projection as the plain concatenation of its whole parts.
 
-    This rank's tensor is [part 0's rows; part 1's rows; ...], each part cut over the TP ranks, which
-    is no contiguous piece of the global tensor: saved as it is, it could only be read at the same TP.
+    This rank's tensor is [part 0's rows; part 1's rows; ...], each part cut over the TP ranks. That
+    is no contiguous piece of the global tensor: saved as it is, only the same TP could read it.
     """
     dim = len(sharded_offsets)
     ranks = packed.axis_fragmentations[dim]

@@ -93,13 +93,9 @@ def start_process_group(platform: Platform, timeout_minutes: float = 10.0) -> No
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        dist.init_process_group(
-            platform.backend, store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    dist.init_process_group(
-        platform.backend, timeout=datetime.timedelta(minutes=timeout_minutes)
-    )
+    dist.init_process_group(platform.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
 def seed_everything(seed: int) -> None:

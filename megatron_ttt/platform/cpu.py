@@ -129,8 +129,8 @@ def _random_patches() -> dict[str, object]:
         "_get_cuda_rng_state": lambda device="cuda", clone=False, graph_safe=False: (
             torch.get_rng_state()
         ),
-        "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: (
-            torch.set_rng_state(state)
+        "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+            state
         ),
     }
 

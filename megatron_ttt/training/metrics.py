@@ -17,17 +17,25 @@ GIB = 2**30
 class MetricsLog:
     """Rank 0's log of a run. metrics.jsonl holds one line a step and one a validation."""
 
-    def __init__(self, config: Config, first_step: int, tokens_per_step: int, peak_flops: float | None,
-                 flops_per_token: float):
+    def __init__(
+        self,
+        config: Config,
+        first_step: int,
+        tokens_per_step: int,
+        peak_flops: float | None,
+        flops_per_token: float,
+    ):
         """first_step: the step the run goes on from; later lines of an earlier attempt go."""
         self.config, self.tokens_per_step = config, tokens_per_step
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         run_dir = Path(config.run.dir)
         path = run_dir / "metrics.jsonl"
         kept = _lines_until(path, first_step)
-        self.file = open(path, "w", buffering=1)
+        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (closed in close)
         self.file.writelines(kept)
-        self.wandb = _start_wandb(config, run_dir) if config.logging.wandb_mode != "disabled" else None
+        self.wandb = (
+            _start_wandb(config, run_dir) if config.logging.wandb_mode != "disabled" else None
+        )
         self.since, self.steps_since = time.perf_counter(), 0
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:

@@ -157,9 +157,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         set_inner_lr_scale(self.chunks, scale)
-        loss = run_batches(
-            self.ddp_chunks, microbatches, self.data.masked_id, self.platform.device
-        )
+        loss = run_batches(self.ddp_chunks, microbatches, self.data.masked_id, self.platform.device)
         set_learning_rate(self.optimizer, rate)
         _, grad_norm, _ = self.optimizer.step()
         self.step = step

@@ -1,0 +1,25 @@
+"""Fixtures: the CPU platform in this process, and quiet subprocesses."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def cpu_platform():
+    """megatron-core in this process: CPU, one rank, no parallelism."""
+    from megatron_ttt import platform as platforms
+
+    platform = platforms.start("cpu")
+    platforms.start_process_group(platform)
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+        platforms.seed_everything(0)
+    return platform

@@ -1,0 +1,156 @@
+"""Recipes, overrides, and what is refused: one line that says what would do."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import ROOT, run
+
+from megatron_ttt.config import check_layout, load_config, to_dict
+from megatron_ttt.errors import UserError
+from megatron_ttt.planning import count_parameters, dry_run
+
+RECIPES = ROOT / "yaml_recipes"
+PARAMETERS = {  # millions, of the paper's models: docs/mathematics.md, recipes
+    "ttt_linear": {"125m": 110.4, "350m": 337.7, "760m": 733.6, "1b": 1285.6},
+    "ttt_mlp": {"125m": 114.6, "350m": 348.8, "760m": 758.5, "1b": 1307.9},
+    "transformer": {"125m": 109.5, "350m": 335.2, "760m": 728.7, "1b": 1279.9},
+}
+STEPS = {"125m": 4800, "350m": 13500, "760m": 29000, "1b": 50000}
+PEAK = {"125m": 3e-3, "350m": 1.5e-3, "760m": 1.25e-3, "1b": 1e-3}
+
+
+@pytest.mark.parametrize("size", STEPS)
+@pytest.mark.parametrize("layer", PARAMETERS)
+def test_recipes_are_the_papers(layer, size):
+    config = load_config([RECIPES / f"{layer}_{size}.yaml"])
+    plan = dry_run(config, 8)
+    assert round(plan["parameters"] / 1e6, 1) == PARAMETERS[layer][size]
+    assert plan["tokens_per_step"] == 2**19
+    assert (config.training.steps, config.optimizer.lr) == (STEPS[size], PEAK[size])
+    assert config.training.precision == "bf16"
+    assert config.optimizer.decay_all
+    assert (config.checkpoint.save_every, config.checkpoint.milestone_every) == (1000, 2000)
+    if layer == "transformer":
+        assert config.model.layer == "attention"
+    else:
+        assert config.model.ttt_base_lr == (1.0 if layer == "ttt_linear" else 0.1)
+
+
+def test_parameter_count_is_the_built_models(cpu_platform):
+    from megatron_ttt.model import build_chunk, core_config
+
+    for layer in ("ttt_linear", "ttt_mlp", "attention"):
+        for backbone in ("mamba", "transformer"):
+            overrides = [f"model.layer={layer}", f"model.backbone={backbone}"]
+            config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
+            chunk = build_chunk(config, core_config(config, cpu_platform), None)
+            counts = count_parameters(config.model)
+            assert sum(p.numel() for p in chunk.parameters()) == counts["total"]
+            fp32 = sum(p.numel() for p in chunk.parameters() if getattr(p, "keep_fp32", False))
+            assert fp32 == config.model.num_layers * counts["fp32"]
+
+
+def test_print_config_is_a_recipe_for_the_same(tmp_path):
+    overrides = ["training.exit_step=7", "data.train=0.3 a 0.7 b", "optimizer.lr=1e-4"]
+    command = [sys.executable, "pretrain_ttt.py", "--config"]
+    text = run([*command, RECIPES / "ttt_mlp_125m.yaml", "--print-config", *overrides])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(text)
+    config = load_config([resolved])
+    assert to_dict(config) == to_dict(load_config([RECIPES / "ttt_mlp_125m.yaml"], overrides))
+    assert config.data.train == ["0.3", "a", "0.7", "b"]
+    assert config.optimizer.lr == 1e-4
+
+
+def test_dry_run_ends_with_json():
+    recipe = RECIPES / "ttt_linear_1b.yaml"
+    command = [sys.executable, "pretrain_ttt.py", "--config", recipe, "--dry-run"]
+    plan = json.loads(run([*command, "--world-size", 64]).splitlines()[-1])
+    assert plan["parameters"] == 1285639296
+    assert plan["data_parallel_size"] == 64
+    assert plan["tokens"] == 50000 * 2**19
+
+
+def test_later_recipes_lie_over_earlier_ones(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"training": {"micro_batch_size": 2}}))
+    config = load_config([RECIPES / "ttt_linear_125m.yaml", overlay])
+    assert config.training.micro_batch_size == 2
+    assert config.training.steps == 4800
+
+
+REFUSED = [
+    ("model.hidden=3", "model.hidden"),
+    ("modle.hidden_size=3", "modle"),
+    ("training.steps=many", "training.steps"),
+    ("model.layer=ttt", "ttt_linear"),
+    ("training.precision=fp16", "bf16"),
+    ("training.steps=0", "training.steps"),
+    ("training.steps", "key.path=value"),
+    ("model.num_heads=5", "model.num_heads"),
+    ("training.exit_step=9999", "training.exit_step"),
+    ("optimizer.warmup_fraction=2", "optimizer.warmup_fraction"),
+    ("model=3", "model"),
+]
+
+
+@pytest.mark.parametrize("override,named", REFUSED)
+def test_refuses_in_one_line(override, named):
+    with pytest.raises(UserError) as refusal:
+        load_config([RECIPES / "debug_cpu.yaml"], [override])
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_refuses_broken_recipes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text in ("model: [", "- a", "extends: recipe.yaml", "extends: gone.yaml", "model: {x: 1}"):
+        path.write_text(text)
+        with pytest.raises(UserError) as refusal:
+            load_config([path])
+        assert "\n" not in str(refusal.value)
+    path.write_text("model: {num_layers: 1}")
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        load_config([path])
+
+
+IMPOSSIBLE = [
+    (["parallel.tensor_model_parallel_size=3"], 3, "1, 2, 4"),
+    (["parallel.pipeline_model_parallel_size=4"], 4, "num_layers=2"),
+    (["parallel.sequence_parallel=true"], 1, "tensor_model_parallel_size"),
+    (["parallel.tensor_model_parallel_size=2"], 3, "multiple of 2"),
+    (["training.global_batch_size=6", "training.micro_batch_size=4"], 1, "global_batch_size"),
+    ([], 3, "global_batch_size"),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], 1, "virtual"),
+    (
+        [
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+            "training.seq_length=127",
+        ],
+        2,
+        "seq_length=127",
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides,world_size,named", IMPOSSIBLE)
+def test_refuses_impossible_layouts(overrides, world_size, named):
+    config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
+    with pytest.raises(UserError, match=named) as refusal:
+        check_layout(config, world_size)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_field_is_documented():
+    import ast
+
+    tree = ast.parse(Path(ROOT / "megatron_ttt/config.py").read_text())
+    for node in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"]:
+        for field, after in zip(node.body, [*node.body[1:], None]):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{node.name}.{field.target.id}"

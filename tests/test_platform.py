@@ -1,0 +1,67 @@
+"""What the CPU platform replaces must exist to be replaced, and do what CUDA's does."""
+
+import pytest
+import torch
+
+from megatron_ttt.platform import cpu
+
+
+@pytest.mark.parametrize("name", cpu.CUDA_FUNCTIONS)
+def test_cuda_function_is_replaced(cpu_platform, name):
+    assert getattr(torch.cuda, name) is cpu.CUDA_FUNCTIONS[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_CUDA_RNG_STATE_TRACKER",
+        "_CUDA_RNG_STATE_TRACKER_INITIALIZED",
+        "_get_cuda_rng_state",
+        "_set_cuda_rng_state",
+    ],
+)
+def test_random_symbol_is_replaced(cpu_platform, name):
+    from megatron.core.tensor_parallel import random
+
+    replaced = getattr(random, name)
+    origin = type(replaced) if name == "_CUDA_RNG_STATE_TRACKER" else replaced
+    assert replaced is True or origin.__module__ == "megatron_ttt.platform.cpu"
+
+
+def test_cuda_devices_mean_the_cpu(cpu_platform):
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.zeros(2, device=torch.device("cuda", 1)).device.type == "cpu"
+    assert torch.zeros(2).to("cuda").device.type == "cpu"
+    tensor = torch.zeros(2)
+    assert tensor.cuda() is tensor
+    assert tensor.type() == "torch.cuda.FloatTensor"
+    assert tensor.long().type() == "torch.LongTensor"
+    assert tensor.type(torch.int64).dtype == torch.int64
+
+
+def test_tracked_random_states_are_apart_and_come_back(cpu_platform):
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    outside = torch.get_rng_state()
+    states = tracker.get_states()
+    with tracker.fork():
+        first = torch.rand(3)
+    with tracker.fork():
+        second = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), outside)
+    assert not torch.equal(first, second)
+    tracker.set_states(states)
+    with tracker.fork():
+        assert torch.equal(torch.rand(3), first)
+
+
+def test_nothing_but_the_cpu_file_patches():
+    """No other module of the package assigns into torch or megatron-core."""
+    import re
+    from pathlib import Path
+
+    package = Path(cpu.__file__).parent.parent
+    assignment = re.compile(r"^\s*(setattr\((torch|random)|(torch|megatron)\.[\w.]+ = )", re.M)
+    patching = {path.name for path in package.rglob("*.py") if assignment.search(path.read_text())}
+    assert patching <= {"cpu.py"}
