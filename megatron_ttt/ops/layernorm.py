@@ -1,6 +1,6 @@
-"""LayerNorm in the inner loop, on rows of F features (the last dimension).
+"""LayerNorm over the last dimension (F features), without affine part, and its backward Pi.
 
-Pi is LayerNorm's backward, a linear map of rows: Pi(y) = (y - mean(y) - Z_hat mean(y Z_hat)) / s.
+Pi is a linear map of rows: Pi(y) = (y - mean(y) - Z_hat * mean(y * Z_hat)) / s.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 LN_EPS = 1e-6
 
-_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_backward = torch.ops.aten.native_layer_norm_backward.default
 _INPUT_ONLY = [True, False, False]
 
 
@@ -30,4 +30,4 @@ def normalise(Z: Tensor) -> Normalised:
 def project(y: Tensor, norm: Normalised) -> Tensor:
     """Pi(y) at the given rows."""
     Z, _, mean, rstd = norm
-    return _layer_norm_backward(y, Z, Z.shape[-1:], mean, rstd, None, None, _INPUT_ONLY)[0]
+    return _backward(y, Z, Z.shape[-1:], mean, rstd, None, None, _INPUT_ONLY)[0]

@@ -53,9 +53,9 @@ class Scan(torch.autograd.Function):
                 checkpoint[g] = c
             N, K = span.shape
             if group is None or group.shape != (N, B * H, K, F):
-                group = Group(N, B * H, K, F, state[0].shape[-1], carried[0])
+                group = Group(N, B * H, K, F, *carried)
             group.load(*(blocks(x, span) for x in (q, k, v, lam)), tau_[:K], gamma_, beta_)
-            output_NAKF, following = group.forward(carried)
+            output_NAKF, following = group.forward(*carried)
             blocks(output, span).copy_(output_NAKF.unflatten(1, q.shape[:2]))
             if K == len(tau):
                 for c, f in zip(carried, following):
@@ -90,12 +90,12 @@ class Scan(torch.autograd.Function):
             span = ctx.spans[g]
             N, K = span.shape
             if group is None or group.shape != (N, B * H, K, F):
-                group = ctx.Group(N, B * H, K, F, ctx.state_shapes[0][-1], checkpoints[0])
+                group = ctx.Group(N, B * H, K, F, *(c[0] for c in checkpoints))
                 group.prepare_backward()
             full = K == len(tau)
             d_following = d_carried if full else [torch.zeros_like(d) for d in d_carried]
             group.load(*(blocks(x, span) for x in (q, k, v, lam)), tau_[:K], gamma_, beta_)
-            grads, d_start = group.backward([c[g] for c in checkpoints], blocks(d_output, span), d_following)
+            grads, d_start = group.backward(*(c[g] for c in checkpoints), blocks(d_output, span), *d_following)
             for d, x in zip((dq, dk, dv, dlam), grads):
                 blocks(d, span).copy_(x.unflatten(1, (B, H)))
             dtau[:K] += grads[4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ def _start_wandb(config: Config, run_dir: Path):
     import wandb
 
     id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id)
     return wandb.init(
         project=config.logging.wandb_project,

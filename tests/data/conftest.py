@@ -1,34 +1,12 @@
-"""Small shards, a tokenizer trained on them, and pairs of .bin/.idx whose tokens are known."""
+"""Two small shards and a tokenizer trained on them."""
 
-import gzip
-import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
+from data_helpers import make_texts, write_shard
 
-from megatron_ttt.data.indexed import IndexedWriter
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer
 from megatron_ttt.data.tokenizer_training import train_tokenizer
-
-WORDS = ["the", "inner", "model", "learns", "at", "test", "time", "while", "café", "naïve", "北京"]
-WORDS += ["2024", "\n\t", "", "[x]", "its", "weights"]
-
-
-def make_texts(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 120))) for _ in range(count)]
-
-
-def write_shard(path: Path, texts: list[str]) -> Path:
-    lines = [
-        json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"test://{i}"})
-        for i, text in enumerate(texts)
-    ]
-    content = "".join(line + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -46,17 +24,3 @@ def shards(tmp_path_factory) -> tuple[Path, list[str]]:
 def tokenizer(shards, tmp_path_factory) -> SentencePieceTokenizer:
     prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     return SentencePieceTokenizer(train_tokenizer([f"{shards[0]}/*.gz"], str(prefix), 330))
-
-
-def write_pair(prefix: Path, documents: list[np.ndarray], dtype: str = "<i4") -> str:
-    writer = IndexedWriter(prefix, np.dtype(dtype))
-    for ids in documents:
-        writer.append(np.asarray(ids, dtype).tobytes(), np.array([len(ids)], np.int32))
-    writer.publish()
-    return str(prefix)
-
-
-def numbered_documents(count: int, seed: int, first_id: int = 0) -> list[np.ndarray]:
-    """Documents of random length in which every token id occurs once: first_id, first_id + 1 ..."""
-    lengths = np.random.default_rng(seed).integers(1, 90, count)
-    return np.split(np.arange(first_id, first_id + lengths.sum()), np.cumsum(lengths)[:-1])

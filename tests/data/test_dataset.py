@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import numbered_documents, write_pair
+from data_helpers import numbered_documents, write_pair
 
 from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
 from megatron_ttt.errors import UserError

@@ -2,7 +2,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import numbered_documents, write_pair
+from data_helpers import numbered_documents, write_pair
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_ttt.data.indexed import check_indexed, token_dtype

@@ -1,7 +1,7 @@
 import gzip
 
 import pytest
-from conftest import write_shard
+from data_helpers import write_shard
 
 from megatron_ttt.data.reader import MalformedLines, find_shards, read_documents
 from megatron_ttt.errors import UserError

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import numbered_documents, write_pair
+from data_helpers import numbered_documents, write_pair
 from test_dataset import build_train
 
 from megatron_ttt.data.dataset import FixedBatches

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import write_pair
+from data_helpers import write_pair
 
 from megatron_ttt.data import unigram
 from megatron_ttt.data.unigram import unigram_entropy

@@ -1,0 +1,169 @@
+"""The commands from outside: a run on real files, what it leaves, what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import ROOT, environment, run, torchrun
+
+from megatron_ttt.data.indexed import IndexedWriter
+from megatron_ttt.data.tokenizer_training import train_tokenizer
+
+VOCABULARY = 350
+PRETRAIN = [sys.executable, "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
+SMALL = [
+    "training.steps=6",
+    "training.seq_length=32",
+    "training.eval_batches=1",
+    "model.vocab_size=352",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """tokenizer.model, train and validation .bin/.idx."""
+    folder = tmp_path_factory.mktemp("data")
+    text = (ROOT / "LICENSE").read_text().split("\n\n")
+    lines = [json.dumps({"text": paragraph, "url": "", "timestamp": ""}) for paragraph in text]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    train_tokenizer([str(folder / "text.jsonl")], str(folder / "tokenizer"), VOCABULARY)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("validation", 8)):
+        writer = IndexedWriter(folder / f"{split}_text_document", np.dtype("<u2"))
+        for _ in range(count):
+            ids = random.integers(1, VOCABULARY, random.integers(20, 200)).astype("<u2")
+            writer.append(ids.tobytes(), np.array([len(ids)], np.int32))
+        writer.publish()
+    return folder
+
+
+def options(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *SMALL,
+        f"data.train={data}/train_text_document",
+        f"data.validation={data}/validation_text_document",
+        f"data.tokenizer_model={data}/tokenizer.model",
+        f"run.dir={run_dir}",
+        *more,
+    ]
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(record: dict) -> dict:
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss", "tokens")
+    return {key: record[key] for key in keys if key in record}
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory) -> Path:
+    """Six steps in one go."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    overrides = options(
+        data,
+        run_dir,
+        "checkpoint.save_every=2",
+        "checkpoint.milestone_every=4",
+        "checkpoint.keep=2",
+        "training.eval_every=3",
+        "logging.wandb_mode=offline",
+    )
+    output = run([*PRETRAIN, *overrides])
+    assert "Step 1: loss=" in output
+    return run_dir
+
+
+def test_a_run_leaves_what_it_should(whole_run):
+    log = records(whole_run)
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in log if "val_loss" in r] == [3, 6]
+    folders = {path.name for path in whole_run.iterdir() if path.is_dir()}
+    assert folders == {"checkpoint-4", "checkpoint-6", "milestone-4", "cache", "wandb"}
+    assert list((whole_run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert (whole_run / "config.yaml").exists()
+    state = json.loads((whole_run / "milestone-4" / "state.json").read_text())
+    assert state["step"] == 4
+
+
+def test_a_run_stopped_twice_gives_the_same_figures(data, whole_run, tmp_path):
+    run_dir = tmp_path / "run"
+    for stop in ("training.exit_step=1", "training.exit_step=4", ""):
+        overrides = options(data, run_dir, "training.eval_every=3", "checkpoint.save_every=3")
+        run([*PRETRAIN, *overrides, *([stop] if stop else [])])
+    whole = [without_timing(r) for r in records(whole_run)]
+    stopped = [without_timing(r) for r in records(run_dir)]
+    # A validation is also run where a part ends.
+    assert [r for r in stopped if "loss" in r] == [r for r in whole if "loss" in r]
+    assert stopped[-1] == whole[-1]
+
+
+def test_a_run_under_torchrun_is_the_same_run(data, whole_run, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = options(data, run_dir, "training.eval_every=3")
+    config = "--config", "yaml_recipes/debug_cpu.yaml"
+    torchrun(2, ROOT / "pretrain_ttt.py", *config, *overrides)
+    for one, two in zip(records(whole_run), records(run_dir)):
+        assert one["step"] == two["step"]
+        for key in ("loss", "val_loss"):
+            assert one.get(key) == pytest.approx(two.get(key), abs=1e-5)
+
+
+def test_evaluation_repeats_the_validation_loss(whole_run):
+    command = [sys.executable, "tools/evaluate.py", "--checkpoint", whole_run / "checkpoint-6"]
+    loss = json.loads(run(command).splitlines()[-1])["loss"]
+    assert loss == pytest.approx(records(whole_run)[-1]["val_loss"], abs=1e-6)
+    no_inner = json.loads(run([*command, "model.ttt_base_lr=0"]).splitlines()[-1])["loss"]
+    assert no_inner != loss
+
+
+def refusal(command, cwd=None) -> str:
+    """The one line on stderr with which a command refuses."""
+    import subprocess
+
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_refuses_what_cannot_be_trained(data, whole_run, tmp_path):
+    run_dir = tmp_path / "run"
+    truncated = tmp_path / "truncated"
+    shutil.copy(data / "train_text_document.idx", f"{truncated}.idx")
+    whole = (data / "train_text_document.bin").read_bytes()
+    Path(f"{truncated}.bin").write_bytes(whole[:-10])
+    cases = {
+        "model.depth=3": "model.depth",
+        "training.micro_batch_size=lots": "micro_batch_size",
+        "parallel.tensor_model_parallel_size=3": "num_heads=4",
+        "training.global_batch_size=7": "global_batch_size",
+        f"data.train={tmp_path}/nowhere": "nowhere",
+        f"data.train={truncated}": "truncated",
+        "model.vocab_size=340": "tokenizer",
+        f"checkpoint.load={tmp_path}/nothing": "nothing",
+    }
+    for override, named in cases.items():
+        line = refusal([*PRETRAIN, *options(data, run_dir), override])
+        assert named in line, (override, line)
+        assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_refuses_a_checkpoint_of_another_architecture(data, whole_run, tmp_path):
+    load = f"checkpoint.load={whole_run}/checkpoint-6"
+    overrides = options(data, tmp_path / "run", load, "model.hidden_size=128")
+    line = refusal([*PRETRAIN, *overrides])
+    assert "hidden_size=64 there, 128 here" in line
+
+
+def test_refuses_to_start_over_a_run(data, whole_run):
+    line = refusal([*PRETRAIN, *options(data, whole_run, "checkpoint.load=none")])
+    assert "checkpoint-6" in line
+    assert (whole_run / "checkpoint-6" / "state.json").exists()
