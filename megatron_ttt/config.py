@@ -168,8 +168,8 @@ class DataConfig:
     """Where index caches go; null: `cache` in the run folder."""
     mask_bos: bool = True
     """Leave targets equal to the tokenizer's BOS out of the loss, as the paper's recipe does."""
-    bos_id: int | None = None
-    """BOS id where there is no tokenizer_model; null: 1, Llama's."""
+    bos_id: int = 1
+    """BOS id where there is no tokenizer_model."""
     num_workers: int = 0
     """Processes that prefetch batches; 0 reads in this one."""
 
@@ -185,8 +185,8 @@ class CheckpointConfig:
     keep: int = 5
     """Newest checkpoints kept (milestones aside); 0: all."""
     load: str = "auto"
-    """auto: resume from the newest checkpoint in run.dir; none: start anew; or a checkpoint
-    folder."""
+    """auto: go on from the newest checkpoint in run.dir; none: start anew. A checkpoint folder:
+    start from it, unless run.dir has a checkpoint already; one of run.dir's own: go back to it."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_ttt.checkpoint.state import load_weights
 from megatron_ttt.checkpoint.store import open_checkpoint
 from megatron_ttt.config import Config
-from megatron_ttt.data.batches import open_training_data
+from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.mapping import gather_official
 from megatron_ttt.model import build_chunks, core_config
@@ -44,7 +44,7 @@ class Evaluator:
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The mean loss over `data.validation`; every rank gets it."""
-        data = open_training_data(self.config)
+        data = open_data(self.config, train=False)
         batches = data.validation_batches()
         if not batches:
             raise UserError("data.validation is not set: name what to evaluate on")

@@ -17,15 +17,13 @@ from megatron_ttt.data.sampling import TokenLoader
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
 from megatron_ttt.errors import UserError
 
-LLAMA_BOS = 1
-
 
 @dataclass(frozen=True)
-class TrainingData:
+class Data:
     """The datasets of a run, and the token id that is masked as a target (None: none is)."""
 
     config: Config
-    train: Dataset
+    train: Dataset | None
     validation: Dataset | None
     masked_id: int | None
 
@@ -53,10 +51,13 @@ class TrainingData:
         )
 
 
-def open_training_data(config: Config) -> TrainingData:
-    """Open what `data` names; collective. Raises UserError for what is missing or does not fit."""
+def open_data(config: Config, *, train: bool = True) -> Data:
+    """Open what `data` names; collective. Raises UserError for what is missing or does not fit.
+
+    train: False opens the validation alone.
+    """
     data, training = config.data, config.training
-    if bool(data.train) == bool(data.fixed_batches):
+    if train and bool(data.train) == bool(data.fixed_batches):
         raise UserError(
             "name the training data: either data.train (prefixes) or data.fixed_batches"
         )
@@ -67,9 +68,9 @@ def open_training_data(config: Config) -> TrainingData:
     elif data.train or data.validation:
         raise UserError("data.tokenizer_model is not set: name the model the data was made with")
 
-    train_blend = _blend(data.train)
+    train_blend = _blend(data.train) if train else None
     validation_blend = _blend(data.validation)
-    train, validation = build_datasets(
+    train_set, validation_set = build_datasets(
         train_blend,
         validation_blend,
         train_samples=training.steps * training.global_batch_size,
@@ -79,9 +80,9 @@ def open_training_data(config: Config) -> TrainingData:
         tokenizer=tokenizer,
         cache_dir=data.cache_dir or Path(config.run.dir) / "cache",
     )
-    if data.fixed_batches:
-        train = _fixed_batches(config)
-    return TrainingData(config, train, validation, _masked_id(config, tokenizer))
+    if train and data.fixed_batches:
+        train_set = _fixed_batches(config)
+    return Data(config, train_set, validation_set, _masked_id(config, tokenizer))
 
 
 def _fixed_batches(config: Config) -> FixedBatches:
@@ -133,9 +134,5 @@ def _validation_samples(config: Config, blend: list[str | float] | None) -> int:
 
 
 def _masked_id(config: Config, tokenizer: SentencePieceTokenizer | None) -> int | None:
-    data = config.data
-    if not data.mask_bos:
-        return None
-    if tokenizer is not None:
-        return tokenizer.bos_id if tokenizer.bos_id >= 0 else None
-    return LLAMA_BOS if data.bos_id is None else data.bos_id
+    bos_id = config.data.bos_id if tokenizer is None else tokenizer.bos_id
+    return bos_id if config.data.mask_bos and bos_id >= 0 else None

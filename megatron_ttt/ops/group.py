@@ -141,4 +141,4 @@ class Group:
         tau_K, lam_NAK = self.tau_K, self.lam_NAK
         dtau_K = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1)).squeeze(-1)
         dtau_K[-1] -= (Y * lam_NAK).sum()
-        return (tau_K @ dPS_NAKK).sub_(Y, alpha=tau_K[-1].item()), dtau_K
+        return (tau_K @ dPS_NAKK).addcmul_(Y, tau_K[-1], value=-1), dtau_K

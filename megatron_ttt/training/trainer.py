@@ -27,7 +27,7 @@ from megatron_ttt.checkpoint.store import (
     prune,
 )
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
-from megatron_ttt.data.batches import TrainingData, open_training_data
+from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
@@ -69,7 +69,7 @@ class Trainer:
         self.is_first_rank = dist.get_rank() == 0
         # Everything a user can have got wrong is looked at before the slow building.
         self.resume_from = self._find_checkpoint()
-        self.data: TrainingData = open_training_data(config)
+        self.data = open_data(config)
 
         self.chunks = build_chunks(config, core_config(config, platform))
         for chunk in self.chunks:
@@ -80,17 +80,20 @@ class Trainer:
         if self.resume_from is not None:
             self._resume()
 
-    def _find_checkpoint(self):
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """What this run goes on from: see `checkpoint.load`."""
         load = self.config.checkpoint.load
-        newest = find_newest(self.run_dir)
-        if load == "none" and newest is not None:
+        checkpoint = find_newest(self.run_dir)
+        if load == "none" and checkpoint is not None:
             raise UserError(
-                f"checkpoint.load=none, but {newest.path} exists: set another run.dir, or "
+                f"checkpoint.load=none, but {checkpoint.path} exists: set another run.dir, or "
                 "checkpoint.load=auto to go on from it"
             )
-        checkpoint = newest
         if load not in ("auto", "none"):
-            checkpoint = open_checkpoint(load)
+            named = open_checkpoint(load)
+            rewound = named.path.resolve().parent == self.run_dir.resolve()
+            if checkpoint is None or rewound:
+                checkpoint = named
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"])
             self._check_data_position(checkpoint)
@@ -127,6 +130,8 @@ class Trainer:
         config = self.config
         last = config.training.exit_step or config.training.steps
         log = self._open_log()
+        if self.step >= last and self.is_first_rank:
+            say(f"Nothing to do: step {self.step} of {last} is behind")
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         while self.step < last:
