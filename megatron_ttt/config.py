@@ -100,7 +100,7 @@ class OptimizerConfig:
     lr: float = MISSING
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """Learning rate at the last step."""
+    """Learning rate that the cosine ends at."""
     warmup_fraction: float = 0.1
     """Share of the steps that warm up, from 0."""
     weight_decay: float = 0.1
@@ -138,8 +138,6 @@ class TrainingConfig:
     """bf16 (weights and matmuls; fp32 main parameters, inner state and statistics) or fp32."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
-    scan_checkpoint_group: int = 16
-    """TTT: mini-batches between the carried states kept for the backward."""
     scan_backend: str = "auto"
     """TTT: implementation of the scan; auto takes the fastest that runs here."""
     log_every: int = 10
@@ -331,7 +329,6 @@ def validate(config: Config) -> None:
     _at_least("model.mini_batch_size", model.mini_batch_size, 1)
     for name in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "log_every"):
         _at_least(f"training.{name}", getattr(training, name), 1)
-    _at_least("training.scan_checkpoint_group", training.scan_checkpoint_group, 1)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 1)
     for name in ("save_every", "milestone_every", "keep"):

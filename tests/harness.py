@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -206,17 +207,19 @@ def torchrun(processes: int, script: Path, *arguments) -> str:
     return run(command)
 
 
-def run(command: list, *, expect: int = 0, **options) -> str:
+def run(command: list, *, expect: int = 0) -> str:
     """Run a command; its output, or an error that shows it where the exit code is another."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        **options,
-    )
-    output = done.stdout + done.stderr
+    # Into a file: a pipe would be held open by helper processes that a crashed rank leaves.
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        log.seek(0)
+        output = log.read()
     assert done.returncode == expect, f"exit code {done.returncode} of {command}:\n{output[-6000:]}"
     return output
 

@@ -2,7 +2,7 @@
 """Tokenize C4 shards into Megatron's `.bin`/`.idx`.
 
     python tools/preprocess_c4.py --input 'c4/en/c4-train.*.json.gz' --output-prefix data/c4-train \
-        --tokenizer-model tokenizer.model --append-eod --workers 16
+        --tokenizer-model tokenizer.model --prepend-bos --append-eod --workers 16
 
 writes `data/c4-train_text_document.bin` and `.idx`.
 """

@@ -1,16 +1,19 @@
 """A group of consecutive mini-batches: its tokens, and what both inner models share.
 
-A group is a workspace: its tensors are allocated once and used again for every stretch of the
+A group is a workspace. Its tensors are allocated once and used again for every stretch of the
 sequence with as many mini-batches, and so are the per-mini-batch views that the loops run over
 (in eager mode a view costs as much as a small product).
 
-What the models share is the loss: Z, the model's output for the keys, meets the target through
-LayerNorm, l = 1/2 ||gamma * LN(Z) + beta - (v - x)||^2, and out = q + gamma * LN(Zbar) + beta.
+The models share the loss. Z, a model's output for the keys, meets the target through LayerNorm,
+l = 1/2 ||gamma LN(Z) + offset||^2 with offset = beta - (v - x); Zbar, its output for the queries
+after the inner step, gives out = q + gamma LN(Zbar) + beta.
 
-Sizes: N mini-batches, A heads (batch x head), K tokens of a mini-batch, F features,
-E >= F + 1 the features, a constant 1 and zeros: with the 1 the bias is one more row of the weights,
-and the zeros keep rows aligned.
+Sizes: N mini-batches, B batch, H heads, A = B * H, K tokens of a mini-batch, F features, and
+E > F the features, a constant 1 and zeros: with the 1 the bias is one more row of the weights, the
++1 of S = q x^T + 1 comes by itself, and the zeros align the rows.
 """
+
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -18,15 +21,15 @@ from torch import Tensor
 from megatron_ttt.ops.layernorm import normalise, project
 
 
-def aligned(width: int) -> int:
-    """Room for `width` features and the 1."""
+def augmented(width: int) -> int:
+    """Room for `width` features, the 1 and the zeros."""
     return 4 * (width // 4 + 1)
 
 
 def augment(W: Tensor, b: Tensor) -> Tensor:
-    """[..., I, J] weights and [..., 1, J] bias as the rows of one matrix, by head."""
-    padding = W.new_zeros(*W.shape[:-2], aligned(W.shape[-2]) - W.shape[-2] - 1, W.shape[-1])
-    return torch.cat((W, b, padding), -2).flatten(0, 1)
+    """Weights [B, H, I, J] over the bias [B, H, 1, J] over zeros, by head."""
+    padding = augmented(W.shape[-2]) - W.shape[-2] - 1
+    return torch.nn.functional.pad(torch.cat((W, b), -2), (0, 0, 0, padding)).flatten(0, 1)
 
 
 def flat(x_NA: Tensor) -> Tensor:
@@ -34,111 +37,126 @@ def flat(x_NA: Tensor) -> Tensor:
     return x_NA.flatten(0, 1)
 
 
+def each(**tensors) -> list[SimpleNamespace]:
+    """One namespace of views per mini-batch."""
+    return [SimpleNamespace(**dict(zip(tensors, views))) for views in zip(*tensors.values())]
+
+
 class Group:
-    def __init__(self, N, A, K, F, like):
-        self.shape = N, A, K, F
-        self.E = E = aligned(F)
-        new = like.new_empty
+    """The part of a group that does not know the inner model.
+
+    `like` gives dtype and device. A group made `for_backward` has room for what the backward
+    keeps, and its `forward` may still be called.
+    """
+
+    def __init__(self, N: int, A: int, K: int, F: int, like: Tensor, for_backward: bool):
+        self.sizes = N, A, K, F, augmented(F)
+        new, E = like.new_empty, augmented(F)
         self.qx_NA2KE = like.new_zeros(N, A, 2 * K, E)
         self.qx_NA2KE[..., F] = 1
         self.q_NAKE, self.x_NAKE = self.qx_NA2KE.split(K, 2)
         self.q_NAKF, self.x_NAKF = self.q_NAKE[..., :F], self.x_NAKE[..., :F]
-        self.step_NAKE = new(N, A, K, E)
+        self.rate_NAK1, self.step_NAKE = new(N, A, K, 1), new(N, A, K, E)
         self.offset_NAKF, self.u_NAKF, self.G_NAKF = new(3, N, A, K, F)
         self.Z_NAKF, self.Zbar_NAKF = new(2, N, A, K, F)
-        self.rates_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
+        self.eta_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
+        if for_backward:
+            self.dZZ_NA2KF = new(N, A, 2 * K, F)  # dZbar's rows, then dZ's
+            self.dZbar_NAKF, self.dZ_NAKF = self.dZZ_NA2KF.split(K, 2)
+            self.hat_NAKF, self.dq_NAKF, self.dx_NAKF, self.dG_NAKF = new(4, N, A, K, F)
+            self.dS_NAKK = like.new_zeros(N, A, K, K)
+            self.h_NAK1, self.scale_NAK1 = new(2, N, A, K, 1)
+            self.scratch_NAKF, self.scratch_AKF = new(N, A, K, F), new(A, K, F)
 
     def load(self, q, k, v, lam, tau_K, gamma_A1F, beta_A1F):
-        """Take the inputs ([N, B, H, K, ...], any float dtype) and do what needs no state."""
+        """Take q, k, v, lam as [N, B, H, K, ...] in any float dtype; do what needs no state."""
         heads = q.shape[1:3]
         self.tau_K, self.gamma_A1F, self.beta_A1F = tau_K, gamma_A1F, beta_A1F
         self.gamma2_A1F = gamma_A1F * gamma_A1F
         self.lam_NAK = lam.to(tau_K.dtype).flatten(1, 2)
-        self.rate_NAK1 = (self.lam_NAK * -tau_K[-1]).unsqueeze(-1)
         self.q_NAKF.unflatten(1, heads).copy_(q)
         self.x_NAKF.unflatten(1, heads).copy_(k)
+        self.offset_NAKF.unflatten(1, heads).copy_(v)
+        torch.sub(self.x_NAKF, self.offset_NAKF, out=self.offset_NAKF).add_(beta_A1F)
+        torch.mul(gamma_A1F, self.offset_NAKF, out=self.u_NAKF)
+        # The state's step is W' = W + step^T G, its rate -tau_K lam.
+        torch.mul(self.lam_NAK.unsqueeze(-1), -tau_K[-1], out=self.rate_NAK1)
         torch.mul(self.x_NAKE, self.rate_NAK1, out=self.step_NAKE)
-        offset = self.offset_NAKF
-        offset.unflatten(1, heads).copy_(v)
-        torch.sub(self.x_NAKF, offset, out=offset).add_(beta_A1F)
-        torch.mul(gamma_A1F, offset, out=self.u_NAKF)
-        torch.mul(tau_K[:, None], self.lam_NAK.unsqueeze(-2), out=self.rates_NAKK).tril_()
+        torch.mul(tau_K[:, None], self.lam_NAK.unsqueeze(-2), out=self.eta_NAKK).tril_()
         torch.bmm(flat(self.q_NAKE), flat(self.x_NAKE).mT, out=flat(self.S_NAKK))
-        torch.mul(self.rates_NAKK, self.S_NAKK.tril_(), out=self.P_NAKK)
+        torch.mul(self.eta_NAKK, self.S_NAKK.tril_(), out=self.P_NAKK)
         self.norms, self.gradients = [], []
 
     def inner_gradient(self, Z, u):
-        """G = dl/dZ = Pi(u), u = gamma * (gamma * Z_hat + offset)."""
+        """G = dl/dZ = Pi(u) with u = gamma (gamma Z_hat + offset); `u` comes as gamma offset."""
         norm = normalise(Z)
-        u.addcmul_(self.gamma2_A1F, norm.hat)
-        G = project(u, norm)
+        G = project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
         self.norms.append(norm)
         self.gradients.append(G)
         return G
 
-    def answer(self):
-        """out = q + gamma * LN(Zbar) + beta."""
+    def output(self):
+        """q + gamma LN(Zbar) + beta."""
         out = torch.add(self.q_NAKF, self.beta_A1F)
         return out.addcmul_(self.gamma_A1F, normalise(self.Zbar_NAKF).hat)
 
-    def prepare_backward(self):
-        """Allocate what only the backward needs."""
-        N, A, K, F = self.shape
-        new = self.u_NAKF.new_empty
-        self.dZZ_NA2KF = new(N, A, 2 * K, F)  # dZbar's rows, then dZ's
-        self.dZbar_NAKF, self.dZ_NAKF = self.dZZ_NA2KF.split(K, 2)
-        self.hat_NAKF, self.dq_NAKF, self.dx_NAKF, self.t_NAKF = new(4, N, A, K, F)
-        self.D_NAKF = new(N, A, K, F)
-        self.dS_NAKK = self.u_NAKF.new_zeros(N, A, K, K)
-        self.t_AKF = new(A, K, F)
+    # The backward: reference to the steps of the mini-batch's backward in `scan.py`.
 
-    def answer_backward(self, d_out):
-        """Section 7, step 1: from d_out [N, B, H, K, F] to dZbar; d_out becomes the first of dq."""
-        dq, gamma = self.dq_NAKF, self.gamma_A1F
-        dq.unflatten(1, d_out.shape[1:3]).copy_(d_out)
-        bar = normalise(self.Zbar_NAKF)
-        self.dZbar_NAKF.copy_(project(torch.mul(gamma, dq, out=self.t_NAKF), bar))
-        self.dgamma_AF = bar.hat.mul_(dq).sum((0, 2))
-        self.dbeta_AF = dq.sum((0, 2))
+    def output_backward(self, d_out):
+        """From d_out [N, B, H, K, F] to dZbar; d_out itself is the first part of dq."""
+        d_out_NAKF, scratch = self.dq_NAKF, self.scratch_NAKF
+        d_out_NAKF.unflatten(1, d_out.shape[1:3]).copy_(d_out)
+        norm = normalise(self.Zbar_NAKF)
+        torch.mul(self.gamma_A1F, d_out_NAKF, out=scratch)
+        self.dZbar_NAKF.copy_(project(scratch, norm))
+        self.dgamma_AF = norm.hat.mul_(d_out_NAKF).sum((0, 2))
+        self.dbeta_AF = d_out_NAKF.sum((0, 2))
 
-    def prepare_gradient_backward(self):
-        F = self.shape[-1]
-        hat = torch.stack([norm.hat for norm in self.norms], out=self.hat_NAKF)
-        self.scale_NAK1 = torch.stack([norm.rstd for norm in self.norms]).mul_(-1 / F)
-        uZ = torch.mul(self.u_NAKF, hat, out=self.t_NAKF).sum(-1, keepdim=True)
-        self.h_NAK1 = uZ.mul_(self.scale_NAK1)
+    def response_backward(self, P_NAKK, S_NAKK):
+        """Through - P G of the layer that gives Zbar: dS, the first part of dG, dP * S in S."""
+        dP, G, dZbar = flat(self.dS_NAKK), flat(self.G_NAKF), flat(self.dZbar_NAKF)
+        dP.baddbmm_(dZbar, G.mT, beta=0, alpha=-1)
+        flat(self.dG_NAKF).baddbmm_(flat(P_NAKK).mT, dZbar, beta=0, alpha=-1)
+        S_NAKK *= self.dS_NAKK
+        self.dS_NAKK *= self.eta_NAKK
+
+    def prepare_inner_gradient_backward(self):
+        F = self.sizes[3]
+        torch.stack([norm.hat for norm in self.norms], out=self.hat_NAKF)
+        torch.stack([norm.rstd for norm in self.norms], out=self.scale_NAK1).mul_(-1 / F)
+        torch.mul(self.u_NAKF, self.hat_NAKF, out=self.scratch_NAKF)
+        torch.sum(self.scratch_NAKF, -1, keepdim=True, out=self.h_NAK1).mul_(self.scale_NAK1)
         self.dus = []
 
-    def gradient_backward(self, norm, G, h, scale, D, dZ):
-        """Section 7, step 4: from D = dG to dZ, through G = Pi(u).
+    def inner_gradient_backward(self, norm, G, h, scale, dG, dZ):
+        """From dG to dZ, with du = Pi(dG): as Pi is linear and Pi(u) = G,
 
-        With du = Pi(D) and Pi linear, the section's formulas become
-        dZ = Pi(gamma^2 du - mean(u Z_hat)/s D) - (mean(D Z_hat) G + mean(D G) Z_hat) / s.
+        dZ = Pi(gamma^2 du - mean(u Z_hat)/s dG) - (mean(dG Z_hat) G + mean(dG G) Z_hat) / s.
         """
-        hat, t = norm.hat, self.t_AKF
-        DZ = torch.mul(D, hat, out=t).sum(-1, keepdim=True)
-        DG = torch.mul(D, G, out=t).sum(-1, keepdim=True)
-        du = project(D, norm)
-        torch.mul(self.gamma2_A1F, du, out=t).addcmul_(h, D)
-        first = project(t, norm)
-        torch.mul(DG, hat, out=t).addcmul_(DZ, G)
-        torch.addcmul(first, scale, t, out=dZ)
+        hat, scratch = norm.hat, self.scratch_AKF
+        dG_hat = torch.mul(dG, hat, out=scratch).sum(-1, keepdim=True)
+        dG_G = torch.mul(dG, G, out=scratch).sum(-1, keepdim=True)
+        du = project(dG, norm)
+        torch.mul(self.gamma2_A1F, du, out=scratch).addcmul_(h, dG)
+        first = project(scratch, norm)
+        torch.mul(dG_G, hat, out=scratch).addcmul_(dG_hat, G)
+        torch.addcmul(first, scale, scratch, out=dZ)
         self.dus.append(du)
 
     def target_backward(self):
-        """The rest of step 4: dv, and what reaches gamma, beta and x through the target."""
-        gamma, du = self.gamma_A1F, self.t_NAKF
+        """dv, and what reaches gamma, beta and x through the loss."""
+        gamma, du = self.gamma_A1F, self.scratch_NAKF
         torch.stack(self.dus[::-1], out=du)
-        residual = self.offset_NAKF.addcmul_(gamma, self.hat_NAKF, value=2)
-        self.dgamma_AF += residual.mul_(du).sum((0, 2))
+        self.offset_NAKF.addcmul_(gamma, self.hat_NAKF, value=2)
+        self.dgamma_AF += self.offset_NAKF.mul_(du).sum((0, 2))
         du *= gamma
         self.dbeta_AF += du.sum((0, 2))
         self.dx_NAKF += du
         return du.neg_()
 
-    def rates_backward(self, dPS_NAKK, Y):
-        """dlam and dtau from P (dP * S, step 2) and from the update (Y = sum Y_j . G_j, step 3)."""
+    def rates_backward(self, dPS_NAKK, Y_NAK):
+        """dlam, dtau from P (dP * S) and from the state's step (Y, the rows' <x dW', G>)."""
         tau_K, lam_NAK = self.tau_K, self.lam_NAK
         dtau_K = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1)).squeeze(-1)
-        dtau_K[-1] -= (Y * lam_NAK).sum()
-        return (tau_K @ dPS_NAKK).addcmul_(Y, tau_K[-1], value=-1), dtau_K
+        dtau_K[-1] -= (Y_NAK * lam_NAK).sum()
+        return (tau_K @ dPS_NAKK).addcmul_(Y_NAK, tau_K[-1], value=-1), dtau_K

@@ -1,13 +1,12 @@
 """TTT-Linear over a group of mini-batches, forward and backward (arXiv 2407.04620, section 2).
 
 Only what carries the state from one mini-batch to the next is a loop; the rest is batched over
-the group, states included: one is only four times the size of a mini-batch's tokens.
-Bias and weights are one matrix, see `group.py`.
+the group, states included: a state is but four times as large as a mini-batch's tokens.
 """
 
 import torch
 
-from megatron_ttt.ops.group import Group, augment, flat
+from megatron_ttt.ops.group import Group, augment, augmented, each, flat
 
 
 class LinearGroup(Group):
@@ -21,64 +20,73 @@ class LinearGroup(Group):
     def unpack(W_AEF, B, H):
         F = W_AEF.shape[-1]
         W = W_AEF.unflatten(0, (B, H))
-        return W[..., :F, :].contiguous(), W[..., F : F + 1, :].contiguous()
+        return W[..., :F, :], W[..., F : F + 1, :]
 
-    def __init__(self, N, A, K, F, like):
-        super().__init__(N, A, K, F, like)
-        self.W_NAEF = like.new_empty(N + 1, A, self.E, F)
-        views = self.x_NAKE, self.u_NAKF, self.step_NAKE.mT, self.Z_NAKF, self.W_NAEF, self.W_NAEF[1:]
-        self.forward_views = list(zip(*views))
-
-    def prepare_backward(self):
-        super().prepare_backward()
-        N, A, K, F = self.shape
-        self.dW_NAEF = self.W_NAEF.new_empty(N + 1, A, self.E, F)
-        self.R_NAKE = self.W_NAEF.new_empty(N, A, K, self.E)
-        views = (
-            self.step_NAKE, self.D_NAKF, self.qx_NA2KE.mT, self.dZ_NAKF, self.dZZ_NA2KF,
-            self.dW_NAEF, self.dW_NAEF[1:],
+    def __init__(self, N, A, K, W_AEF, for_backward=False):
+        F = W_AEF.shape[-1]
+        super().__init__(N, A, K, F, W_AEF, for_backward)
+        new, E = W_AEF.new_empty, augmented(F)
+        self.W_NAEF = new(N + 1, A, E, F)
+        self.mini_batches = each(
+            x=self.x_NAKE,
+            stepT=self.step_NAKE.mT,
+            u=self.u_NAKF,
+            Z=self.Z_NAKF,
+            W=self.W_NAEF,
+            W_next=self.W_NAEF[1:],
         )
-        self.backward_views = list(zip(*views))[::-1]
+        if for_backward:
+            self.dW_NAEF, self.GdW_NAKE = new(N + 1, A, E, F), new(N, A, K, E)
+            self.backward_mini_batches = each(
+                step=self.step_NAKE,
+                qxT=self.qx_NA2KE.mT,
+                h=self.h_NAK1,
+                scale=self.scale_NAK1,
+                dG=self.dG_NAKF,
+                dZ=self.dZ_NAKF,
+                dZZ=self.dZZ_NA2KF,
+                dW=self.dW_NAEF,
+                dW_next=self.dW_NAEF[1:],
+            )
 
     def run(self, W_AEF):
         self.W_NAEF[0] = W_AEF
-        for x, u, stepT, Z, W, W_next in self.forward_views:
-            torch.bmm(x, W, out=Z)
-            torch.baddbmm(W, stepT, self.inner_gradient(Z, u), out=W_next)
-        G, Zbar = torch.stack(self.gradients, out=self.G_NAKF), flat(self.Zbar_NAKF)
+        for m in self.mini_batches:
+            torch.bmm(m.x, m.W, out=m.Z)
+            torch.baddbmm(m.W, m.stepT, self.inner_gradient(m.Z, m.u), out=m.W_next)
+        torch.stack(self.gradients, out=self.G_NAKF)
+        Zbar = flat(self.Zbar_NAKF)
         torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF[:-1]), out=Zbar)
-        Zbar.baddbmm_(flat(self.P_NAKK), flat(G), alpha=-1)
+        Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
 
     def forward(self, W_AEF):
+        """The outputs, and the state after the group."""
         self.run(W_AEF)
-        return self.answer(), (self.W_NAEF[-1],)
+        return self.output(), (self.W_NAEF[-1],)
 
-    def backward(self, W_AEF, d_out, dW_AEF):
-        N, A, K, F = self.shape
+    def backward(self, d_out, W_AEF, dW_AEF):
+        """Gradients of q, k, v, lam, tau, gamma and beta, and of the state before the group."""
+        F = W_AEF.shape[-1]
         self.run(W_AEF)
-        self.answer_backward(d_out)
-        G, P, dS, D, dZbar, dZ = map(flat, (self.G_NAKF, self.P_NAKK, self.dS_NAKK, self.D_NAKF, self.dZbar_NAKF, self.dZ_NAKF))
-        dP = dS.baddbmm_(dZbar, G.mT, beta=0, alpha=-1)
-        D.baddbmm_(P.mT, dZbar, beta=0, alpha=-1)
-        self.dW_NAEF[N] = dW_AEF
-        self.prepare_gradient_backward()
-        for views, norm, G_i, h, scale in zip(
-            self.backward_views, self.norms[::-1], self.gradients[::-1], reversed(self.h_NAK1.unbind()), reversed(self.scale_NAK1.unbind())
+        self.output_backward(d_out)
+        self.response_backward(self.P_NAKK, self.S_NAKK)
+        self.prepare_inner_gradient_backward()
+        self.dW_NAEF[-1] = dW_AEF
+        for m, norm, G in zip(
+            reversed(self.backward_mini_batches), reversed(self.norms), reversed(self.gradients)
         ):
-            step, D_i, qxT, dZ_i, dZZ, dW, dW_next = views
-            D_i.baddbmm_(step, dW_next)
-            self.gradient_backward(norm, G_i, h, scale, D_i, dZ_i)
-            torch.baddbmm(dW_next, qxT, dZZ, out=dW)
-        dPS = self.S_NAKK.mul_(self.dS_NAKK)
-        self.dS_NAKK *= self.rates_NAKK
-        WT = flat(self.W_NAEF[:-1, :, :F]).mT
+            m.dG.baddbmm_(m.step, m.dW_next)
+            self.inner_gradient_backward(norm, G, m.h, m.scale, m.dG, m.dZ)
+            torch.baddbmm(m.dW_next, m.qxT, m.dZZ, out=m.dW)
+
+        WT, dS = flat(self.W_NAEF[:-1, :, :F]).mT, flat(self.dS_NAKK)
         dq, dx = flat(self.dq_NAKF), flat(self.dx_NAKF)
-        dq.baddbmm_(dZbar, WT).baddbmm_(dS, flat(self.x_NAKF))
-        torch.bmm(dZ, WT, out=dx).baddbmm_(dS.mT, flat(self.q_NAKF))
-        R = self.R_NAKE
-        torch.bmm(G, flat(self.dW_NAEF[1:]).mT, out=flat(R))
-        self.dx_NAKF.addcmul_(self.rate_NAK1, R[..., :F])
-        Y = R.mul_(self.x_NAKE).sum(-1)
-        dlam, dtau = self.rates_backward(dPS, Y)
+        dq.baddbmm_(flat(self.dZbar_NAKF), WT).baddbmm_(dS, flat(self.x_NAKF))
+        torch.bmm(flat(self.dZ_NAKF), WT, out=dx).baddbmm_(dS.mT, flat(self.q_NAKF))
+        GdW = self.GdW_NAKE
+        torch.bmm(flat(self.G_NAKF), flat(self.dW_NAEF[1:]).mT, out=flat(GdW))
+        self.dx_NAKF.addcmul_(self.rate_NAK1, GdW[..., :F])
+        dlam, dtau = self.rates_backward(self.S_NAKK, GdW.mul_(self.x_NAKE).sum(-1))
         dv = self.target_backward()
-        return (self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF), (self.dW_NAEF[0],)
+        inputs = self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF
+        return inputs, (self.dW_NAEF[0],)

@@ -1,112 +1,141 @@
-from typing import NamedTuple
+"""The fast TTT scan in plain PyTorch: its own backward, linear in sequence length.
+
+The sequence is cut into groups of mini-batches. The forward keeps the state at the start of each
+group and nothing else; the backward goes through the groups from the last to the first and runs
+each one forward again. `linear.py` and `mlp.py` know what happens inside a group.
+
+Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches of a group.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ttt.ops.linear import LinearGroup
+from megatron_ttt.ops.mlp import MLPGroup
 
-INNER_MODEL = {2: LinearGroup}
-
-
-class Span(NamedTuple):
-    """Consecutive mini-batches: tokens start to stop, K to a mini-batch."""
-
-    start: int
-    stop: int
-    K: int
-
-    @property
-    def shape(self):
-        return (self.stop - self.start) // self.K, self.K
+GROUP = {2: LinearGroup, 4: MLPGroup}
 
 
-def cut(L, K, size):
-    full = L - L % K
-    edges = [*range(0, full, size * K), full]
-    spans = [Span(a, b, K) for a, b in zip(edges, edges[1:])]
-    if full < L:
-        spans.append(Span(full, L, L - full))
-    return spans
+def torch_scan(q, k, v, lam, tau, gamma, beta, state):
+    """As `ttt_scan`, with the state per batch and head."""
+    output, *final_state = Scan.apply(q, k, v, lam, tau, gamma, beta, *state)
+    return output, tuple(final_state)
 
 
-def blocks(x_BHL_, span):
-    """View of a span's tokens as [N, B, H, K, ...]."""
-    return x_BHL_[:, :, span.start : span.stop].unflatten(2, span.shape).movedim(2, 0)
+def heads_at_once(B: int, H: int, limit: int) -> list[tuple[slice, slice]]:
+    """Batches and heads in blocks of at most `limit` (batch, head) pairs, as far as H allows."""
+    b, h = max(limit // H, 1), min(limit, H)
+    return [
+        (slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, H, h)
+    ]
+
+
+def groups(x_BHL_: Tensor, K: int, size: int) -> list[Tensor]:
+    """The sequence as views [N, B, H, K, ...] of `size` mini-batches, its ragged end the last."""
+    L = x_BHL_.shape[2]
+    N, r = divmod(L, K)
+    views = []
+    if N > 0:
+        views += x_BHL_[:, :, : N * K].unflatten(2, (N, K)).movedim(2, 0).split(size)
+    if r > 0:
+        views.append(x_BHL_[:, :, N * K :].unsqueeze(0))
+    return views
+
+
+class Workspaces(dict):
+    """Groups by their number of mini-batches and tokens."""
 
 
 class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lam, tau, gamma, beta, *state):
-        Group = INNER_MODEL[len(state)]
-        carried = Group.pack(*state)
-        dtype = carried[0].dtype
-        B, H, L, F = q.shape
-        spans = cut(L, len(tau), Group.SIZE)
-        checkpoints = [c.new_empty(len(spans), *c.shape) for c in carried]
+        Group = GROUP[len(state)]
+        dtype = state[0].dtype
+        B, H = q.shape[:2]
+        K = len(tau)
+        tau_K = tau.to(dtype)
         output = torch.empty_like(q)
-        group = None
-        tau_ = tau.to(dtype)
-        gamma_, beta_ = (x.to(dtype).repeat(B, 1).unsqueeze(1) for x in (gamma, beta))
-        for g, span in enumerate(spans):
-            for checkpoint, c in zip(checkpoints, carried):
-                checkpoint[g] = c
-            N, K = span.shape
-            if group is None or group.shape != (N, B * H, K, F):
-                group = Group(N, B * H, K, F, *carried)
-            group.load(*(blocks(x, span) for x in (q, k, v, lam)), tau_[:K], gamma_, beta_)
-            output_NAKF, following = group.forward(*carried)
-            blocks(output, span).copy_(output_NAKF.unflatten(1, q.shape[:2]))
-            if K == len(tau):
-                for c, f in zip(carried, following):
-                    c.copy_(f)
-        ctx.Group = Group
-        ctx.spans = spans
-        ctx.state_shapes = [W.shape for W in state]
+        final_state = [torch.empty_like(W, memory_format=torch.contiguous_format) for W in state]
+        ctx.blocks = heads_at_once(B, H, LIMIT)
+        checkpoints = []
+        for block in ctx.blocks:
+            gamma_A1F, beta_A1F = (per_head(x, block, B, dtype) for x in (gamma, beta))
+            carried = Group.pack(*(W[block] for W in state))
+            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, output))))
+            kept = [c.new_empty(len(sequence), *c.shape) for c in carried]
+            checkpoints += kept
+            group = None
+            for g, (*inputs, out) in enumerate(sequence):
+                for checkpoint, c in zip(kept, carried):
+                    checkpoint[g] = c
+                N, b, h, r, F = out.shape
+                if group is None or group.sizes[0] != N or group.sizes[2] != r:
+                    group = Group(N, b * h, r, *carried)
+                group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
+                out_NAKF, after = group.forward(*carried)
+                out.copy_(out_NAKF.unflatten(1, (b, h)))
+                if r == K:
+                    for c, a in zip(carried, after):
+                        c.copy_(a)
+            for final, W in zip(final_state, Group.unpack(*carried, b, h)):
+                final[block] = W
+        ctx.state_like = [W.shape for W in state]
         ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *checkpoints)
         ctx.set_materialize_grads(False)
-        return output, *Group.unpack(*carried, *q.shape[:2])
+        return output, *final_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_output, *d_state):
-        *inputs, = ctx.saved_tensors[:7]
-        checkpoints = ctx.saved_tensors[7:]
-        q, k, v, lam, tau, gamma, beta = inputs
+    def backward(ctx, d_output, *d_final):
+        q, k, v, lam, tau, gamma, beta, *checkpoints = ctx.saved_tensors
         dtype = checkpoints[0].dtype
-        B, H, L, F = q.shape
-        dq, dk, dv, dlam = (torch.empty_like(x) for x in (q, k, v, lam))
-        dtau, dgamma, dbeta = (torch.zeros_like(x, dtype=dtype) for x in (tau, gamma, beta))
+        Group = GROUP[len(d_final)]
+        B, H = q.shape[:2]
+        K = len(tau)
+        tau_K = tau.to(dtype)
         if d_output is None:
             d_output = torch.zeros_like(q)
-        d_carried = ctx.Group.pack(*(
-            checkpoints[0].new_zeros(shape) if d is None else d.to(dtype)
-            for d, shape in zip(d_state, ctx.state_shapes)
-        ))
-        tau_ = tau.to(dtype)
-        gamma_, beta_ = (x.to(dtype).repeat(B, 1).unsqueeze(1) for x in (gamma, beta))
-        group = None
-        for g in reversed(range(len(ctx.spans))):
-            span = ctx.spans[g]
-            N, K = span.shape
-            if group is None or group.shape != (N, B * H, K, F):
-                group = ctx.Group(N, B * H, K, F, *(c[0] for c in checkpoints))
-                group.prepare_backward()
-            full = K == len(tau)
-            d_following = d_carried if full else [torch.zeros_like(d) for d in d_carried]
-            group.load(*(blocks(x, span) for x in (q, k, v, lam)), tau_[:K], gamma_, beta_)
-            grads, d_start = group.backward(*(c[g] for c in checkpoints), blocks(d_output, span), *d_following)
-            for d, x in zip((dq, dk, dv, dlam), grads):
-                blocks(d, span).copy_(x.unflatten(1, (B, H)))
-            dtau[:K] += grads[4]
-            dgamma += grads[5].view(B, H, -1).sum(0)
-            dbeta += grads[6].view(B, H, -1).sum(0)
-            d_carried = [d.clone() for d in d_start] if full else [a + b for a, b in zip(d_carried, d_start)]
+        d_final = [checkpoints[0].new_zeros(s) if d is None else d for d, s in zip(d_final, ctx.state_like)]
+        dq, dk, dv, dlam = (torch.empty_like(x) for x in (q, k, v, lam))
+        dtau, dgamma, dbeta = (torch.zeros_like(x, dtype=dtype) for x in (tau, gamma, beta))
+        d_state = [torch.empty_like(d) for d in d_final]
+        per_block = len(checkpoints) // len(ctx.blocks)
+        for n, block in enumerate(ctx.blocks):
+            gamma_A1F, beta_A1F = (per_head(x, block, B, dtype) for x in (gamma, beta))
+            kept = checkpoints[n * per_block : (n + 1) * per_block]
+            d_carried = [d.clone() for d in Group.pack(*(W[block] for W in d_final))]
+            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, d_output, dq, dk, dv, dlam))))
+            group = None
+            for g in reversed(range(len(sequence))):
+                *inputs, d_out, dq_, dk_, dv_, dlam_ = sequence[g]
+                N, b, h, r, F = d_out.shape
+                if group is None or group.sizes[0] != N or group.sizes[2] != r:
+                    group = Group(N, b * h, r, *d_carried, for_backward=True)
+                group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
+                d_after = d_carried if r == K else [torch.zeros_like(d) for d in d_carried]
+                grads, d_before = group.backward(d_out, *(c[g] for c in kept), *d_after)
+                for d, x in zip((dq_, dk_, dv_, dlam_), grads):
+                    d.copy_(x.unflatten(1, (b, h)))
+                dtau[:r] += grads[4]
+                dgamma[block[1]] += grads[5].unflatten(0, (b, h)).sum(0)
+                dbeta[block[1]] += grads[6].unflatten(0, (b, h)).sum(0)
+                if r == K:
+                    for c, a in zip(d_carried, d_before):
+                        c.copy_(a)
+                else:
+                    for c, a in zip(d_carried, d_before):
+                        c.add_(a)
+            for d, W in zip(d_state, Group.unpack(*d_carried, b, h)):
+                d[block] = W
         grads = (dq, dk, dv, dlam, dtau.to(tau.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype))
-        return *grads, *ctx.Group.unpack(*d_carried, B, H)
+        return *grads, *d_state
 
 
-def torch_scan(q, k, v, lam, tau, gamma, beta, state):
-    """As `ttt_scan`, the state per batch and head."""
-    output, *final_state = Scan.apply(q, k, v, lam, tau, gamma, beta, *state)
-    return output, tuple(final_state)
+def per_head(x_HF, block, B, dtype):
+    batches = len(range(B)[block[0]])
+    return x_HF[block[1]].to(dtype).repeat(batches, 1).unsqueeze(1)
+
+
+import os
+LIMIT = int(os.environ.get("LIMIT", "1000000"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from megatron_ttt.config import Config
 
 INNER_LR_START = 0.1
@@ -16,9 +18,10 @@ def warmup_steps(config: Config) -> int:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear from 0 to lr over the warm-up, then cosine to min_lr at the last step.
+    """Linear from 0 to lr over the warm-up, then cosine towards min_lr.
 
-    The paper's optimizer applies the schedule's value of the step before, so step 1 has rate 0.
+    The paper's optimizer applies the schedule's value of the step before, so step 1 has rate 0, and
+    min_lr would be the rate of the step after the last.
     """
     optimizer, warmup, done = config.optimizer, warmup_steps(config), step - 1
     if done < warmup:
@@ -29,11 +32,15 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def inner_lr_scale(config: Config, step: int) -> float:
-    """Factor of the inner learning rate: from 0.1 to 1 over the warm-up for TTT-MLP, else 1."""
+    """Factor of the inner learning rate: from 0.1 to 1 over the warm-up for TTT-MLP, else 1.
+
+    Rounded to bfloat16, as the official trainer does in float32 runs too.
+    """
     warm_up = config.optimizer.inner_lr_warmup
     if warm_up is None:
         warm_up = config.model.layer == "ttt_mlp"
     if not warm_up:
         return 1.0
     progress = min(1.0, (step - 1) / max(1, warmup_steps(config)))
-    return INNER_LR_START + (1.0 - INNER_LR_START) * progress
+    scale = INNER_LR_START + (1.0 - INNER_LR_START) * progress
+    return torch.tensor(scale, dtype=torch.bfloat16).item()

@@ -1,0 +1,35 @@
+"""A short version of `make quickstart`: every stage, a few steps."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+from harness import ROOT, environment
+
+
+def test_every_stage_runs(tmp_path):
+    for name in ("tools", "yaml_recipes", "pretrain_ttt.py"):
+        os.symlink(ROOT / name, tmp_path / name)
+    with open(tmp_path / "log", "w+") as log:
+        done = subprocess.run(
+            [sys.executable, "tools/quickstart.py", "training.steps=6", "training.eval_batches=1"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        log.seek(0)
+        output = log.read()
+    assert done.returncode == 0, output[-4000:]
+    assert "Resumed from runs/quickstart/run/checkpoint-3 at step 3" in output
+    summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["tokens"] == 6 * 16 * 256
+    assert (tmp_path / summary["checkpoint_dir"] / "state.json").exists()
+    for name in ("loss_first", "loss_last", "val_loss", "val_loss_no_inner", "unigram_entropy"):
+        assert math.isfinite(summary[name]), name
+    assert summary["loss_last"] < summary["loss_first"]
+    # The entropy of a real text under a tokenizer of 2,048 pieces, not of noise (7.6 nats).
+    assert 5 < summary["unigram_entropy"] < 7
