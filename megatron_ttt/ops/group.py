@@ -1,8 +1,9 @@
 """A group of consecutive mini-batches: its tokens, and what both inner models share.
 
 A group is a workspace. Its tensors are allocated once and used again for every stretch of the
-sequence with as many mini-batches, and so are the per-mini-batch views that the loops run over
-(in eager mode a view costs as much as a small product).
+sequence with as many mini-batches, and so are the per-mini-batch views that the loops run over.
+In eager mode a call costs more than its arithmetic at these sizes: only what carries the state
+from one mini-batch to the next is in a loop, everything else is batched over the group.
 
 The models share the loss. Z, a model's output for the keys, meets the target through LayerNorm,
 l = 1/2 ||gamma LN(Z) + offset||^2 with offset = beta - (v - x); Zbar, its output for the queries
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_ttt.ops.layernorm import normalise, project
+from megatron_ttt.ops.layernorm import Normalised, normalise, project
 
 
 def augmented(width: int) -> int:
@@ -43,14 +44,10 @@ def each(**tensors) -> list[SimpleNamespace]:
 
 
 class Group:
-    """The part of a group that does not know the inner model.
-
-    `like` gives dtype and device. A group made `for_backward` has room for what the backward
-    keeps, and its `forward` may still be called.
-    """
+    """The part of a group that does not know the inner model; `like` gives dtype and device."""
 
     def __init__(self, N: int, A: int, K: int, F: int, like: Tensor, for_backward: bool):
-        self.sizes = N, A, K, F, augmented(F)
+        self.sizes = N, A, K, F
         new, E = like.new_empty, augmented(F)
         self.qx_NA2KE = like.new_zeros(N, A, 2 * K, E)
         self.qx_NA2KE[..., F] = 1
@@ -63,10 +60,22 @@ class Group:
         if for_backward:
             self.dZZ_NA2KF = new(N, A, 2 * K, F)  # dZbar's rows, then dZ's
             self.dZbar_NAKF, self.dZ_NAKF = self.dZZ_NA2KF.split(K, 2)
-            self.hat_NAKF, self.dq_NAKF, self.dx_NAKF, self.dG_NAKF = new(4, N, A, K, F)
+            self.dq_NAKF, self.dx_NAKF, self.dG_NAKF, self.scratch_NAKF = new(4, N, A, K, F)
             self.dS_NAKK = like.new_zeros(N, A, K, K)
-            self.h_NAK1, self.scale_NAK1 = new(2, N, A, K, 1)
-            self.scratch_NAKF, self.scratch_AKF = new(N, A, K, F), new(A, K, F)
+            self.hG_NA2KF, self.Gh_NA2KF = new(2, N, A, 2, K, F)  # Z_hat and G, G and Z_hat
+            self.h_NAK1 = new(N, A, K, 1)
+            self.scratch_A2KF, self.dots_A2K1 = new(A, 2, K, F), new(A, 2, K, 1)
+            self.dot_hat, self.dot_G = self.dots_A2K1.unbind(1)
+            self.scratch_AKF = new(A, K, F)
+            self.gradient_views = each(
+                dG=self.dG_NAKF,
+                dG_A1KF=self.dG_NAKF.unsqueeze(2),
+                h=self.h_NAK1,
+                hG=self.hG_NA2KF,
+                first=self.Gh_NA2KF[:, :, 0],
+                second=self.Gh_NA2KF[:, :, 1],
+                dZ=self.dZ_NAKF,
+            )
 
     def load(self, q, k, v, lam, tau_K, gamma_A1F, beta_A1F):
         """Take q, k, v, lam as [N, B, H, K, ...] in any float dtype; do what needs no state."""
@@ -84,23 +93,17 @@ class Group:
         torch.mul(self.x_NAKE, self.rate_NAK1, out=self.step_NAKE)
         torch.mul(tau_K[:, None], self.lam_NAK.unsqueeze(-2), out=self.eta_NAKK).tril_()
         torch.bmm(flat(self.q_NAKE), flat(self.x_NAKE).mT, out=flat(self.S_NAKK))
-        torch.mul(self.eta_NAKK, self.S_NAKK.tril_(), out=self.P_NAKK)
-        self.norms, self.gradients = [], []
+        torch.mul(self.eta_NAKK, self.S_NAKK, out=self.P_NAKK)
 
     def inner_gradient(self, Z, u):
         """G = dl/dZ = Pi(u) with u = gamma (gamma Z_hat + offset); `u` comes as gamma offset."""
         norm = normalise(Z)
-        G = project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
-        self.norms.append(norm)
-        self.gradients.append(G)
-        return G
+        return project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
 
     def output(self):
         """q + gamma LN(Zbar) + beta."""
         out = torch.add(self.q_NAKF, self.beta_A1F)
         return out.addcmul_(self.gamma_A1F, normalise(self.Zbar_NAKF).hat)
-
-    # The backward: reference to the steps of the mini-batch's backward in `scan.py`.
 
     def output_backward(self, d_out):
         """From d_out [N, B, H, K, F] to dZbar; d_out itself is the first part of dq."""
@@ -121,33 +124,35 @@ class Group:
         self.dS_NAKK *= self.eta_NAKK
 
     def prepare_inner_gradient_backward(self):
-        F = self.sizes[3]
-        torch.stack([norm.hat for norm in self.norms], out=self.hat_NAKF)
-        torch.stack([norm.rstd for norm in self.norms], out=self.scale_NAK1).mul_(-1 / F)
-        torch.mul(self.u_NAKF, self.hat_NAKF, out=self.scratch_NAKF)
-        torch.sum(self.scratch_NAKF, -1, keepdim=True, out=self.h_NAK1).mul_(self.scale_NAK1)
+        """From Z and G; yields what `inner_gradient_backward` takes, from the last to the first."""
+        norm, scratch = normalise(self.Z_NAKF), self.scratch_NAKF
+        scale = norm.rstd * (-1 / self.sizes[3])
+        u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
+        torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
+        self.h_NAK1 *= scale
+        torch.stack((norm.hat, self.G_NAKF), 2, out=self.hG_NA2KF)
+        torch.mul(self.hG_NA2KF.flip(2), scale.unsqueeze(2), out=self.Gh_NA2KF)
+        self.norms = [Normalised(*rows) for rows in zip(*norm)]
         self.dus = []
 
-    def inner_gradient_backward(self, norm, G, h, scale, dG, dZ):
+    def inner_gradient_backward(self, m, norm):
         """From dG to dZ, with du = Pi(dG): as Pi is linear and Pi(u) = G,
 
         dZ = Pi(gamma^2 du - mean(u Z_hat)/s dG) - (mean(dG Z_hat) G + mean(dG G) Z_hat) / s.
         """
-        hat, scratch = norm.hat, self.scratch_AKF
-        dG_hat = torch.mul(dG, hat, out=scratch).sum(-1, keepdim=True)
-        dG_G = torch.mul(dG, G, out=scratch).sum(-1, keepdim=True)
-        du = project(dG, norm)
-        torch.mul(self.gamma2_A1F, du, out=scratch).addcmul_(h, dG)
-        first = project(scratch, norm)
-        torch.mul(dG_G, hat, out=scratch).addcmul_(dG_hat, G)
-        torch.addcmul(first, scale, scratch, out=dZ)
+        du = project(m.dG, norm)
+        torch.mul(m.dG_A1KF, m.hG, out=self.scratch_A2KF)
+        torch.sum(self.scratch_A2KF, -1, keepdim=True, out=self.dots_A2K1)
+        torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
+        dZ = project(self.scratch_AKF, norm).addcmul_(self.dot_hat, m.first)
+        torch.addcmul(dZ, self.dot_G, m.second, out=m.dZ)
         self.dus.append(du)
 
     def target_backward(self):
         """dv, and what reaches gamma, beta and x through the loss."""
         gamma, du = self.gamma_A1F, self.scratch_NAKF
         torch.stack(self.dus[::-1], out=du)
-        self.offset_NAKF.addcmul_(gamma, self.hat_NAKF, value=2)
+        self.offset_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
         self.dgamma_AF += self.offset_NAKF.mul_(du).sum((0, 2))
         du *= gamma
         self.dbeta_AF += du.sum((0, 2))
@@ -157,6 +162,7 @@ class Group:
     def rates_backward(self, dPS_NAKK, Y_NAK):
         """dlam, dtau from P (dP * S) and from the state's step (Y, the rows' <x dW', G>)."""
         tau_K, lam_NAK = self.tau_K, self.lam_NAK
+        dPS_NAKK.tril_()
         dtau_K = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1)).squeeze(-1)
         dtau_K[-1] -= (Y_NAK * lam_NAK).sum()
         return (tau_K @ dPS_NAKK).addcmul_(Y_NAK, tau_K[-1], value=-1), dtau_K

@@ -16,7 +16,7 @@ from megatron_ttt.ops.group import Group, augment, augmented, each, flat
 
 
 class MLPGroup(Group):
-    SIZE = 4
+    SIZE = 8
 
     @staticmethod
     def pack(W1, b1, W2, b2):
@@ -44,7 +44,6 @@ class MLPGroup(Group):
         self.Z1bar_AKM, self.H_AKM, self.gate_AKM, self.scratch_AKM = new(4, A, K, M)
 
         kept = N if for_backward else 1
-        self.U1, self.W2 = new(kept + for_backward, A, M, E), new(kept + for_backward, A, J, F)
         self.X2s = U1_AME.new_zeros(kept, A, 2 * K, J)  # X2bar's rows, then X2's
         self.X2s[..., M] = 1
         self.dgelu, self.G1 = new(2, kept, A, K, M)
@@ -52,7 +51,12 @@ class MLPGroup(Group):
         def per(x):
             return list(x) if for_backward else list(x) * N
 
-        U1, W2 = per(self.U1), per(self.W2)
+        self.state = U1_AME, W2_AJF
+        if for_backward:
+            U1 = [U1_AME, *new(N - 1, A, M, E), None]
+            W2 = [W2_AJF, *new(N - 1, A, J, F), None]
+        else:
+            U1, W2 = [U1_AME] * N, [W2_AJF] * N
         X2bar, X2 = self.X2s.split(K, 2)
         self.mini_batches = each(
             qx=self.qx_NA2KE,
@@ -101,7 +105,7 @@ class MLPGroup(Group):
         X2bar, X2 = self.X2s.split(K, 2)
         for m, more in zip(self.mini_batches, each(
             PT=self.P_NAKK.mT,
-            U1_F=self.U1[:N, ..., :F],
+            U1_F=[m.U1[..., :F] for m in self.mini_batches],
             X2sT=self.X2s.mT,
             dgelu_bar=self.dgelu_bar,
             dgelu_exact=self.dgelu_exact,
@@ -123,7 +127,10 @@ class MLPGroup(Group):
             m.__dict__.update(more.__dict__)
 
     def run(self, U1_AME, W2_AJF):
-        self.U1[0], self.W2[0] = U1_AME, W2_AJF
+        if self.keep:
+            m = self.mini_batches[0]
+            m.U1, m.U1T, m.W2, m.W2T = U1_AME, U1_AME.mT, W2_AJF, W2_AJF[:, : self.G1.shape[-1]].mT
+            m.U1_F = U1_AME[..., :self.sizes[3]]
         Z1s, Z1bar, H, gate = self.Z1s_A2KM, self.Z1bar_AKM, self.H_AKM, self.gate_AKM
         Z1q, Z1 = Z1s.split(self.sizes[2], 1)
         gelu, inner_gelu, scratch = self.gelu, self.inner_gelu, self.scratch_AKM
@@ -150,15 +157,16 @@ class MLPGroup(Group):
             torch.mul(m.S2, m.eta, out=m.P2)
             torch.bmm(m.X2bar, m.W2, out=m.Zbar).baddbmm_(m.P2, G2, alpha=-1)
             torch.mul(G2, m.rate, out=m.step2)
-            torch.baddbmm(m.U1, m.G1T, m.step, out=m.U1_next)
-            torch.baddbmm(m.W2, m.X2T, m.step2, out=m.W2_next)
+            if m.U1_next is not None:
+                torch.baddbmm(m.U1, m.G1T, m.step, out=m.U1_next)
+                torch.baddbmm(m.W2, m.X2T, m.step2, out=m.W2_next)
 
-    def forward(self, U1_AME, W2_AJF):
-        """The outputs, and the state after the group."""
-        self.run(U1_AME, W2_AJF)
-        return self.output(), (self.U1[-1], self.W2[-1])
+    def forward(self):
+        """The outputs; the state steps in place."""
+        self.run(*self.state)
+        return self.output()
 
-    def backward(self, d_out, U1_AME, W2_AJF, dU1_AME, dW2_AJF):
+    def backward(self, d_out, U1_AME, W2_AJF):
         """Gradients of q, k, v, lam, tau, gamma and beta, and of the state before the group."""
         K, F = self.sizes[2:4]
         M = self.G1.shape[-1]
@@ -167,7 +175,7 @@ class MLPGroup(Group):
         self.output_backward(d_out)
         self.response_backward(self.P2_NAKK, self.S2_NAKK.tril_())
         self.prepare_inner_gradient_backward()
-        dU1, dW2 = dU1_AME.clone(), dW2_AJF.clone()
+        dU1, dW2 = self.state
         dU1T, dW2T = dU1.mT, dW2[:, :M].mT
         dX2bar, dX2, dG1, dZ1s, dH = self.dX2bar_AKM, self.dX2_AKM, self.dG1_AKM, self.dZ1s_A2KM, self.dH_AKJ
         dZ1sT, dHT, dH_M = dZ1s.mT, dH.mT, dH[..., :M]
@@ -202,4 +210,4 @@ class MLPGroup(Group):
         dlam, dtau = self.rates_backward(dPS, Y)
         dv = self.target_backward()
         inputs = self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF
-        return inputs, (dU1, dW2)
+        return inputs

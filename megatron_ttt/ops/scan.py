@@ -66,6 +66,9 @@ class Scan(torch.autograd.Function):
             kept = [c.new_empty(len(sequence), *c.shape) for c in carried]
             checkpoints += kept
             group = None
+            def store():
+                for final, W in zip(final_state, Group.unpack(*carried, b, h)):
+                    final[block] = W
             for g, (*inputs, out) in enumerate(sequence):
                 for checkpoint, c in zip(kept, carried):
                     checkpoint[g] = c
@@ -73,13 +76,11 @@ class Scan(torch.autograd.Function):
                 if group is None or group.sizes[0] != N or group.sizes[2] != r:
                     group = Group(N, b * h, r, *carried)
                 group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
-                out_NAKF, after = group.forward(*carried)
-                out.copy_(out_NAKF.unflatten(1, (b, h)))
-                if r == K:
-                    for c, a in zip(carried, after):
-                        c.copy_(a)
-            for final, W in zip(final_state, Group.unpack(*carried, b, h)):
-                final[block] = W
+                if r < K:
+                    store()
+                out.copy_(group.forward().unflatten(1, (b, h)))
+            if r == K:
+                store()
         ctx.state_like = [W.shape for W in state]
         ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *checkpoints)
         ctx.set_materialize_grads(False)
@@ -104,7 +105,8 @@ class Scan(torch.autograd.Function):
         for n, block in enumerate(ctx.blocks):
             gamma_A1F, beta_A1F = (per_head(x, block, B, dtype) for x in (gamma, beta))
             kept = checkpoints[n * per_block : (n + 1) * per_block]
-            d_carried = [d.clone() for d in Group.pack(*(W[block] for W in d_final))]
+            d_last = Group.pack(*(W[block] for W in d_final))
+            d_carried = [torch.zeros_like(d) for d in d_last]
             sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, d_output, dq, dk, dv, dlam))))
             group = None
             for g in reversed(range(len(sequence))):
@@ -113,19 +115,19 @@ class Scan(torch.autograd.Function):
                 if group is None or group.sizes[0] != N or group.sizes[2] != r:
                     group = Group(N, b * h, r, *d_carried, for_backward=True)
                 group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
-                d_after = d_carried if r == K else [torch.zeros_like(d) for d in d_carried]
-                grads, d_before = group.backward(d_out, *(c[g] for c in kept), *d_after)
+                if r == K and d_last is not None:
+                    for c, a in zip(d_carried, d_last):
+                        c.add_(a)
+                    d_last = None
+                grads = group.backward(d_out, *(c[g] for c in kept))
                 for d, x in zip((dq_, dk_, dv_, dlam_), grads):
                     d.copy_(x.unflatten(1, (b, h)))
                 dtau[:r] += grads[4]
                 dgamma[block[1]] += grads[5].unflatten(0, (b, h)).sum(0)
                 dbeta[block[1]] += grads[6].unflatten(0, (b, h)).sum(0)
-                if r == K:
-                    for c, a in zip(d_carried, d_before):
-                        c.copy_(a)
-                else:
-                    for c, a in zip(d_carried, d_before):
-                        c.add_(a)
+            if d_last is not None:
+                for c, a in zip(d_carried, d_last):
+                    c.add_(a)
             for d, W in zip(d_state, Group.unpack(*d_carried, b, h)):
                 d[block] = W
         grads = (dq, dk, dv, dlam, dtau.to(tau.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype))
