@@ -123,11 +123,12 @@ class Group:
         S_NAKK *= self.dS_NAKK
         self.dS_NAKK *= self.eta_NAKK
 
-    def prepare_inner_gradient_backward(self):
-        """From Z and G; yields what `inner_gradient_backward` takes, from the last to the first."""
+    def inner_gradients(self):
+        """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
         norm, scratch = normalise(self.Z_NAKF), self.scratch_NAKF
-        scale = norm.rstd * (-1 / self.sizes[3])
         u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
+        self.G_NAKF.copy_(project(u, norm))
+        scale = norm.rstd * (-1 / self.sizes[3])
         torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
         self.h_NAK1 *= scale
         torch.stack((norm.hat, self.G_NAKF), 2, out=self.hG_NA2KF)

@@ -1,6 +1,6 @@
 """TTT-Linear over a group of mini-batches, forward and backward (arXiv 2407.04620, section 2).
 
-The loops hold the state's chain, and the backward its gradient's; all else is batched.
+The loops hold the chain of the state, and in the backward the chain of its gradient.
 """
 
 import torch
@@ -21,12 +21,14 @@ class LinearGroup(Group):
         W = W_AEF.unflatten(0, (B, H))
         return W[..., :F, :], W[..., F : F + 1, :]
 
-    def __init__(self, N, A, K, W_AEF, for_backward=False):
+    def __init__(self, N, A, K, state, d_state=None):
+        (W_AEF,) = state
         F = W_AEF.shape[-1]
-        super().__init__(N, A, K, F, W_AEF, for_backward)
+        super().__init__(N, A, K, F, W_AEF, for_backward=d_state is not None)
         new, E = W_AEF.new_empty, augmented(F)
         self.W_NAEF = new(N, A, E, F)
-        # The last mini-batch steps to the first one's place, where the next group begins.
+        self.state = (self.W_NAEF[0],)
+        self.start(W_AEF)
         self.mini_batches = each(
             x=self.x_NAKE,
             stepT=self.step_NAKE.mT,
@@ -34,5 +36,64 @@ class LinearGroup(Group):
             Z=self.Z_NAKF,
             G=self.G_NAKF,
             W=self.W_NAEF,
-            W_next=self.W_NAEF.roll(-1, 0),
+            W_next=[*self.W_NAEF[1:], None],
         )
+        if d_state is not None:
+            (self.dW_AEF,) = d_state
+            self.dW_NAEF = new(N, A, E, F)
+            self.GdW_NAKE = new(N, A, K, E)
+            self.backward_mini_batches = each(
+                step=self.step_NAKE,
+                qxT=self.qx_NA2KE.mT,
+                dG=self.dG_NAKF,
+                dZZ=self.dZZ_NA2KF,
+                dW=[self.dW_AEF, *self.dW_NAEF[:-1]],
+                dW_next=self.dW_NAEF,
+            )
+
+    def start(self, W_AEF):
+        self.W_NAEF[0] = W_AEF
+
+    def forward(self):
+        """The outputs; leaves Z and Zbar, and the state after the group."""
+        gradients = []
+        for m in self.mini_batches:
+            torch.bmm(m.x, m.W, out=m.Z)
+            G = self.inner_gradient(m.Z, m.u)
+            gradients.append(G)
+            if m.W_next is not None:
+                torch.baddbmm(m.W, m.stepT, G, out=m.W_next)
+        torch.stack(gradients, out=self.G_NAKF)
+        Zbar = flat(self.Zbar_NAKF)
+        torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=Zbar)
+        Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
+        torch.baddbmm(m.W, m.stepT, G, out=self.W_NAEF[0])
+        return self.output()
+
+    def backward(self, d_out):
+        """From the state before the group, Z, Zbar and d_out to the gradients of q, k, v, lam,
+        tau, gamma and beta; steps the state's gradient back."""
+        F = self.sizes[3]
+        self.inner_gradients()
+        for m in self.mini_batches[:-1]:
+            torch.baddbmm(m.W, m.stepT, m.G, out=m.W_next)
+        self.output_backward(d_out)
+        self.response_backward(self.P_NAKK, self.S_NAKK)
+        self.dW_NAEF[-1] = self.dW_AEF
+        for m, g, norm in zip(
+            reversed(self.backward_mini_batches), reversed(self.gradient_views), reversed(self.norms)
+        ):
+            m.dG.baddbmm_(m.step, m.dW_next)
+            self.inner_gradient_backward(g, norm)
+            torch.baddbmm(m.dW_next, m.qxT, m.dZZ, out=m.dW)
+
+        WT, dS = flat(self.W_NAEF[:, :, :F]).mT, flat(self.dS_NAKK)
+        dq, dx = flat(self.dq_NAKF), flat(self.dx_NAKF)
+        dq.baddbmm_(flat(self.dZbar_NAKF), WT).baddbmm_(dS, flat(self.x_NAKF))
+        torch.bmm(flat(self.dZ_NAKF), WT, out=dx).baddbmm_(dS.mT, flat(self.q_NAKF))
+        GdW = self.GdW_NAKE
+        torch.bmm(flat(self.G_NAKF), flat(self.dW_NAEF).mT, out=flat(GdW))
+        self.dx_NAKF.addcmul_(self.rate_NAK1, GdW[..., :F])
+        dlam, dtau = self.rates_backward(self.S_NAKK, GdW.mul_(self.x_NAKE).sum(-1))
+        dv = self.target_backward()
+        return self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF

@@ -1,9 +1,8 @@
 """TTT-MLP over a group of mini-batches, forward and backward (arXiv 2407.04620, section 2).
 
-A state is 32 times as large as a mini-batch's tokens and the hidden layer four times, so nearly
-everything happens inside the loop, where a mini-batch's tensors are in cache. The forward steps
-the state in place; the backward's own forward run keeps every mini-batch's state and hidden
-tensors, which are most of what a group occupies.
+A state is 32 times as large as a mini-batch's tokens and a hidden layer four times, so it pays to
+do everything with a mini-batch's hidden layers and state while they are in cache. The forward
+steps the state in place; the backward's forward run keeps every mini-batch's.
 
 Sizes beside those of `group.py`: M hidden width, J > M the hidden units, a constant 1 and zeros.
 The first layer is transposed, U1 [M, E]: MKL is slow at [K, M] times the transpose of [E, M].
@@ -28,36 +27,31 @@ class MLPGroup(Group):
         W1, W2 = U1_AME.mT.unflatten(0, (B, H)), W2_AJF.unflatten(0, (B, H))
         return W1[..., :F, :], W1[..., F : F + 1, :], W2[..., :M, :], W2[..., M : M + 1, :]
 
-    def __init__(self, N, A, K, U1_AME, W2_AJF, for_backward=False):
+    def __init__(self, N, A, K, state, d_state=None):
+        U1_AME, W2_AJF = state
         M, F = U1_AME.shape[1], W2_AJF.shape[2]
-        super().__init__(N, A, K, F, U1_AME, for_backward)
+        super().__init__(N, A, K, F, U1_AME, for_backward=d_state is not None)
         new, E, J = U1_AME.new_empty, augmented(F), augmented(M)
-        self.keep = for_backward
-        self.gelu = Gelu(EXACT, U1_AME)
-        # gelu' of the inner gradient; see gelu.py.
-        self.inner_gelu = self.gelu
-        if U1_AME.dtype == torch.float64:
-            self.inner_gelu = Gelu(ROUNDED, U1_AME)
-        self.S2_NAKK, self.P2_NAKK = new(2, N, A, K, K)
-        self.step2_NAKF = new(N, A, K, F)
+        self.M = M
+        self.exact = Gelu(EXACT, U1_AME)
+        # The constant of the inner gradient's gelu', see gelu.py.
+        self.inner = Gelu(ROUNDED, U1_AME) if U1_AME.dtype == torch.float64 else self.exact
         self.Z1s_A2KM = new(A, 2 * K, M)
+        self.Z1q_AKM, self.Z1_AKM = self.Z1s_A2KM.split(K, 1)
         self.Z1bar_AKM, self.H_AKM, self.gate_AKM, self.scratch_AKM = new(4, A, K, M)
-
-        kept = N if for_backward else 1
-        self.X2s = U1_AME.new_zeros(kept, A, 2 * K, J)  # X2bar's rows, then X2's
+        self.S2_NAKK, self.P2_NAKK, self.step2_NAKF = new(N, A, K, K), new(N, A, K, K), new(N, A, K, F)
+        n = 1 if d_state is None else N
+        self.X2s = U1_AME.new_zeros(n, A, 2 * K, J)  # X2bar's rows, then X2's
         self.X2s[..., M] = 1
-        self.dgelu, self.G1 = new(2, kept, A, K, M)
+        self.dgelu, self.G1 = new(2, n, A, K, M)
+        self.U1, self.W2 = new(n, A, M, E), new(n, A, J, F)
+        self.state = self.U1[0], self.W2[0]
+        self.start(*state)
+        X2bar, X2 = self.X2s.split(K, 2)
 
         def per(x):
-            return list(x) if for_backward else list(x) * N
+            return list(x) if n == N else list(x) * N
 
-        self.state = U1_AME, W2_AJF
-        if for_backward:
-            U1 = [U1_AME, *new(N - 1, A, M, E), None]
-            W2 = [W2_AJF, *new(N - 1, A, J, F), None]
-        else:
-            U1, W2 = [U1_AME] * N, [W2_AJF] * N
-        X2bar, X2 = self.X2s.split(K, 2)
         self.mini_batches = each(
             qx=self.qx_NA2KE,
             step=self.step_NAKE,
@@ -67,15 +61,14 @@ class MLPGroup(Group):
             P=self.P_NAKK,
             S2=self.S2_NAKK,
             P2=self.P2_NAKK,
-            step2=self.step2_NAKF,
             Z=self.Z_NAKF,
             Zbar=self.Zbar_NAKF,
-            U1=U1[:N],
-            U1T=[u.mT for u in U1[:N]],
-            U1_next=U1[for_backward:],
-            W2=W2[:N],
-            W2T=[w[:, :M].mT for w in W2[:N]],
-            W2_next=W2[for_backward:],
+            G2=self.G_NAKF,
+            step2=self.step2_NAKF,
+            U1=per(self.U1),
+            U1T=per(self.U1.mT),
+            W2=per(self.W2),
+            W2T=per(self.W2[:, :, :M].mT),
             X2=per(X2),
             X2T=per(X2.mT),
             X2_M=per(X2[..., :M]),
@@ -85,103 +78,129 @@ class MLPGroup(Group):
             G1=per(self.G1),
             G1T=per(self.G1.mT),
         )
-        if for_backward:
-            self.allocate_backward()
+        if d_state is not None:
+            self.allocate_backward(d_state)
 
-    def allocate_backward(self):
-        N, A, K, F, E = self.sizes
-        _, _, _, J = self.X2s.shape
-        M = self.G1.shape[-1]
+    def allocate_backward(self, d_state):
+        N, A, K, F = self.sizes
+        M, E, J = self.M, self.qx_NA2KE.shape[-1], self.X2s.shape[-1]
         new, zeros = self.u_NAKF.new_empty, self.u_NAKF.new_zeros
+        self.dU1_AME, self.dW2_AJF = d_state
         self.dgelu_bar, self.Hd2gelu = new(2, N, A, K, M)
-        self.dgelu_exact = self.dgelu
-        if self.inner_gelu is not self.gelu:
-            self.dgelu_exact = new(N, A, K, M)
-        self.dX2bar_AKM, self.dX2_AKM, self.dG1_AKM = new(3, A, K, M)
+        self.dgelu_exact = self.dgelu if self.inner is self.exact else new(N, A, K, M)
+        self.dX2bar_AKM, self.dX2_AKM = new(2, A, K, M)
+        self.dG1_AKM = zeros(A, K, M)
         self.dZ1s_A2KM = new(A, 2 * K, M)  # dZ1bar's rows, then dZ1's
         self.dH_AKJ = zeros(A, K, J)
         self.dS1_NAKK = zeros(N, A, K, K)
         self.GdW1_NAKE, self.Y2_NAKF = new(N, A, K, E), new(N, A, K, F)
         X2bar, X2 = self.X2s.split(K, 2)
-        for m, more in zip(self.mini_batches, each(
+        self.backward_mini_batches = each(
+            qx=self.qx_NA2KE,
+            step=self.step_NAKE,
+            rate=self.rate_NAK1,
             PT=self.P_NAKK.mT,
-            U1_F=[m.U1[..., :F] for m in self.mini_batches],
+            U1_F=self.U1[..., :F],
+            W2=self.W2,
+            W2T=self.W2[:, :, :M].mT,
+            X2=X2,
+            X2_M=X2[..., :M],
+            X2bar_M=X2bar[..., :M],
             X2sT=self.X2s.mT,
-            dgelu_bar=self.dgelu_bar,
+            G1=self.G1,
+            G1T=self.G1.mT,
+            G2=self.G_NAKF,
+            step2=self.step2_NAKF,
+            dgelu=self.dgelu,
             dgelu_exact=self.dgelu_exact,
+            dgelu_bar=self.dgelu_bar,
             Hd2gelu=self.Hd2gelu,
-            h=self.h_NAK1,
-            scale=self.scale_NAK1,
-            dG=self.dG_NAKF,
             dS2=self.dS_NAKK,
             dS2T=self.dS_NAKK.mT,
+            dP1=self.dS1_NAKK,
+            dG=self.dG_NAKF,
             dZbar=self.dZbar_NAKF,
             dZ=self.dZ_NAKF,
             dZZ=self.dZZ_NA2KF,
-            dP1=self.dS1_NAKK,
             GdW1=self.GdW1_NAKE,
             Y2=self.Y2_NAKF,
             dq=self.dq_NAKF,
             dx=self.dx_NAKF,
-        )):
-            m.__dict__.update(more.__dict__)
+        )
 
-    def run(self, U1_AME, W2_AJF):
-        if self.keep:
-            m = self.mini_batches[0]
-            m.U1, m.U1T, m.W2, m.W2T = U1_AME, U1_AME.mT, W2_AJF, W2_AJF[:, : self.G1.shape[-1]].mT
-            m.U1_F = U1_AME[..., :self.sizes[3]]
-        Z1s, Z1bar, H, gate = self.Z1s_A2KM, self.Z1bar_AKM, self.H_AKM, self.gate_AKM
-        Z1q, Z1 = Z1s.split(self.sizes[2], 1)
-        gelu, inner_gelu, scratch = self.gelu, self.inner_gelu, self.scratch_AKM
-        same = gelu is inner_gelu
-        for i, m in enumerate(self.mini_batches):
-            torch.bmm(m.qx, m.U1T, out=Z1s)
-            X2 = gelu.forward(Z1, gate, out=m.X2_M)
-            torch.bmm(m.X2, m.W2, out=m.Z)
-            G2 = self.inner_gradient(m.Z, m.u)
-            torch.bmm(G2, m.W2T, out=H)
-            if not same:
-                if self.keep:
-                    gelu.derivative(Z1, gate, X2, out=self.dgelu_exact[i])
-                X2 = inner_gelu.forward(Z1, gate, out=scratch)
-            inner_gelu.derivative(Z1, gate, X2, out=m.dgelu)
-            torch.mul(H, m.dgelu, out=m.G1)
-            if self.keep:
-                inner_gelu.second_derivative(Z1, gate, scratch, out=self.Hd2gelu[i]).mul_(H)
-            torch.baddbmm(Z1q, m.P, m.G1, alpha=-1, out=Z1bar)
-            X2bar = gelu.forward(Z1bar, gate, out=m.X2bar_M)
-            if self.keep:
-                gelu.derivative(Z1bar, gate, X2bar, out=self.dgelu_bar[i])
-            torch.bmm(m.X2bar, m.X2T, out=m.S2)
-            torch.mul(m.S2, m.eta, out=m.P2)
-            torch.bmm(m.X2bar, m.W2, out=m.Zbar).baddbmm_(m.P2, G2, alpha=-1)
-            torch.mul(G2, m.rate, out=m.step2)
-            if m.U1_next is not None:
-                torch.baddbmm(m.U1, m.G1T, m.step, out=m.U1_next)
-                torch.baddbmm(m.W2, m.X2T, m.step2, out=m.W2_next)
+    def start(self, U1_AME, W2_AJF):
+        self.U1[0], self.W2[0] = U1_AME, W2_AJF
 
     def forward(self):
-        """The outputs; the state steps in place."""
-        self.run(*self.state)
+        """The outputs; leaves Z and Zbar, and the state after the group."""
+        for m in self.mini_batches:
+            torch.bmm(m.qx, m.U1T, out=self.Z1s_A2KM)
+            self.exact.gate(self.Z1_AKM, out=self.gate_AKM)
+            torch.mul(self.Z1_AKM, self.gate_AKM, out=m.X2_M)
+            torch.bmm(m.X2, m.W2, out=m.Z)
+            G2 = self.inner_gradient(m.Z, m.u)
+            torch.bmm(G2, m.W2T, out=self.H_AKM)
+            self.inner_derivative(m)
+            torch.mul(self.H_AKM, m.dgelu, out=m.G1)
+            self.respond(m)
+            torch.mul(m.eta, torch.bmm(m.X2bar, m.X2T, out=m.S2), out=m.P2)
+            torch.bmm(m.X2bar, m.W2, out=m.Zbar).baddbmm_(m.P2, G2, alpha=-1)
+            m.U1.baddbmm_(m.G1T, m.step)
+            m.W2.baddbmm_(m.X2T, torch.mul(G2, m.rate, out=m.step2))
         return self.output()
 
-    def backward(self, d_out, U1_AME, W2_AJF):
-        """Gradients of q, k, v, lam, tau, gamma and beta, and of the state before the group."""
-        K, F = self.sizes[2:4]
-        M = self.G1.shape[-1]
-        self.run(U1_AME, W2_AJF)
-        torch.stack(self.gradients, out=self.G_NAKF)
+    def inner_derivative(self, m):
+        """gelu'(Z1) of the inner gradient, from the gate of Z1 and X2."""
+        if self.inner is self.exact:
+            value = m.X2_M
+        else:
+            self.inner.gate(self.Z1_AKM, out=self.gate_AKM)
+            value = torch.mul(self.Z1_AKM, self.gate_AKM, out=self.scratch_AKM)
+        self.inner.derivative(self.Z1_AKM, self.gate_AKM, value, out=m.dgelu)
+
+    def respond(self, m):
+        """Z1bar = q W1 - P G1 ; X2bar = gelu(Z1bar), its gate stays."""
+        torch.baddbmm(self.Z1q_AKM, m.P, m.G1, alpha=-1, out=self.Z1bar_AKM)
+        self.exact.gate(self.Z1bar_AKM, out=self.gate_AKM)
+        torch.mul(self.Z1bar_AKM, self.gate_AKM, out=m.X2bar_M)
+
+    def run_again(self):
+        N = self.sizes[0]
+        exact, inner, Z1, gate, H, scratch = self.exact, self.inner, self.Z1_AKM, self.gate_AKM, self.H_AKM, self.scratch_AKM
+        torch.mul(self.G_NAKF, self.rate_NAK1, out=self.step2_NAKF)
+        for i, m in enumerate(self.mini_batches):
+            torch.bmm(m.qx, m.U1T, out=self.Z1s_A2KM)
+            exact.gate(Z1, out=gate)
+            torch.mul(Z1, gate, out=m.X2_M)
+            torch.bmm(m.G2, m.W2T, out=H)
+            if inner is not exact:
+                exact.derivative(Z1, gate, m.X2_M, out=self.dgelu_exact[i])
+            self.inner_derivative(m)
+            torch.mul(H, m.dgelu, out=m.G1)
+            inner.second_derivative(Z1, gate, scratch, out=self.Hd2gelu[i]).mul_(H)
+            self.respond(m)
+            exact.derivative(self.Z1bar_AKM, gate, m.X2bar_M, out=self.dgelu_bar[i])
+            if i + 1 < N:
+                torch.baddbmm(m.U1, m.G1T, m.step, out=self.U1[i + 1])
+                torch.baddbmm(m.W2, m.X2T, m.step2, out=self.W2[i + 1])
+        X2bar, X2 = map(flat, self.X2s.split(self.sizes[2], 2))
+        torch.bmm(X2bar, X2.mT, out=flat(self.S2_NAKK))
+        torch.mul(self.eta_NAKK, self.S2_NAKK, out=self.P2_NAKK)
+
+    def backward(self, d_out):
+        """From the state before the group, Z, Zbar and d_out to the gradients of q, k, v, lam,
+        tau, gamma and beta; steps the state's gradient back."""
+        _, _, K, F = self.sizes
+        self.inner_gradients()
+        self.run_again()
         self.output_backward(d_out)
-        self.response_backward(self.P2_NAKK, self.S2_NAKK.tril_())
-        self.prepare_inner_gradient_backward()
-        dU1, dW2 = self.state
-        dU1T, dW2T = dU1.mT, dW2[:, :M].mT
-        dX2bar, dX2, dG1, dZ1s, dH = self.dX2bar_AKM, self.dX2_AKM, self.dG1_AKM, self.dZ1s_A2KM, self.dH_AKJ
-        dZ1sT, dHT, dH_M = dZ1s.mT, dH.mT, dH[..., :M]
-        dZ1bar, dZ1 = dZ1s.split(K, 1)
-        for m, norm, G2 in zip(
-            reversed(self.mini_batches), reversed(self.norms), reversed(self.gradients)
+        self.response_backward(self.P2_NAKK, self.S2_NAKK)
+        dU1, dW2, dH = self.dU1_AME, self.dW2_AJF, self.dH_AKJ
+        dU1T, dW2T, dHT, dH_M = dU1.mT, dW2[:, : self.M].mT, dH.mT, dH[..., : self.M]
+        dX2bar, dX2, dG1, dZ1s = self.dX2bar_AKM, self.dX2_AKM, self.dG1_AKM, self.dZ1s_A2KM
+        dZ1sT, (dZ1bar, dZ1) = dZ1s.mT, dZ1s.split(K, 1)
+        for m, g, norm in zip(
+            reversed(self.backward_mini_batches), reversed(self.gradient_views), reversed(self.norms)
         ):
             torch.bmm(m.dZbar, m.W2T, out=dX2bar).baddbmm_(m.dS2, m.X2_M)
             torch.mul(dX2bar, m.dgelu_bar, out=dZ1bar)
@@ -192,10 +211,10 @@ class MLPGroup(Group):
             torch.bmm(m.X2, dW2, out=m.Y2)
             torch.mul(dG1, m.dgelu, out=dH_M)
             m.dG.addcmul_(m.rate, m.Y2).baddbmm_(dH, m.W2)
-            self.inner_gradient_backward(norm, G2, m.h, m.scale, m.dG, m.dZ)
+            self.inner_gradient_backward(g, norm)
             dX2.baddbmm_(m.dZ, m.W2T)
             torch.mul(dG1, m.Hd2gelu, out=dZ1).addcmul_(dX2, m.dgelu_exact)
-            dW2.baddbmm_(m.X2sT, m.dZZ).baddbmm_(dHT, G2)
+            dW2.baddbmm_(m.X2sT, m.dZZ).baddbmm_(dHT, m.G2)
             dU1.baddbmm_(dZ1sT, m.qx)
             m.dq.baddbmm_(dZ1bar, m.U1_F)
             torch.bmm(dZ1, m.U1_F, out=m.dx)
@@ -209,5 +228,4 @@ class MLPGroup(Group):
         Y = GdW1.mul_(self.x_NAKE).sum(-1) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
         dlam, dtau = self.rates_backward(dPS, Y)
         dv = self.target_backward()
-        inputs = self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF
-        return inputs
+        return self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF

@@ -43,10 +43,6 @@ def groups(x_BHL_: Tensor, K: int, size: int) -> list[Tensor]:
     return views
 
 
-class Workspaces(dict):
-    """Groups by their number of mini-batches and tokens."""
-
-
 class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lam, tau, gamma, beta, *state):
@@ -56,40 +52,44 @@ class Scan(torch.autograd.Function):
         K = len(tau)
         tau_K = tau.to(dtype)
         output = torch.empty_like(q)
+        Zs, Zbars = torch.empty_like(q, dtype=dtype), torch.empty_like(q, dtype=dtype)
         final_state = [torch.empty_like(W, memory_format=torch.contiguous_format) for W in state]
         ctx.blocks = heads_at_once(B, H, LIMIT)
         checkpoints = []
         for block in ctx.blocks:
             gamma_A1F, beta_A1F = (per_head(x, block, B, dtype) for x in (gamma, beta))
             carried = Group.pack(*(W[block] for W in state))
-            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, output))))
+            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, output, Zs, Zbars))))
             kept = [c.new_empty(len(sequence), *c.shape) for c in carried]
             checkpoints += kept
             group = None
             def store():
                 for final, W in zip(final_state, Group.unpack(*carried, b, h)):
                     final[block] = W
-            for g, (*inputs, out) in enumerate(sequence):
+            for g, (*inputs, out, Z, Zbar) in enumerate(sequence):
                 for checkpoint, c in zip(kept, carried):
                     checkpoint[g] = c
                 N, b, h, r, F = out.shape
-                if group is None or group.sizes[0] != N or group.sizes[2] != r:
-                    group = Group(N, b * h, r, *carried)
-                group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
                 if r < K:
                     store()
+                if group is None or group.sizes[0] != N or group.sizes[2] != r:
+                    group = Group(N, b * h, r, carried)
+                group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
                 out.copy_(group.forward().unflatten(1, (b, h)))
+                Z.copy_(group.Z_NAKF.unflatten(1, (b, h)))
+                Zbar.copy_(group.Zbar_NAKF.unflatten(1, (b, h)))
+                carried = group.state
             if r == K:
                 store()
         ctx.state_like = [W.shape for W in state]
-        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *checkpoints)
+        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, Zs, Zbars, *checkpoints)
         ctx.set_materialize_grads(False)
         return output, *final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, *d_final):
-        q, k, v, lam, tau, gamma, beta, *checkpoints = ctx.saved_tensors
+        q, k, v, lam, tau, gamma, beta, Zs, Zbars, *checkpoints = ctx.saved_tensors
         dtype = checkpoints[0].dtype
         Group = GROUP[len(d_final)]
         B, H = q.shape[:2]
@@ -107,19 +107,23 @@ class Scan(torch.autograd.Function):
             kept = checkpoints[n * per_block : (n + 1) * per_block]
             d_last = Group.pack(*(W[block] for W in d_final))
             d_carried = [torch.zeros_like(d) for d in d_last]
-            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, d_output, dq, dk, dv, dlam))))
+            sequence = list(zip(*(groups(x[block], K, Group.SIZE) for x in (q, k, v, lam, Zs, Zbars, d_output, dq, dk, dv, dlam))))
             group = None
             for g in reversed(range(len(sequence))):
-                *inputs, d_out, dq_, dk_, dv_, dlam_ = sequence[g]
+                *inputs, Z, Zbar, d_out, dq_, dk_, dv_, dlam_ = sequence[g]
                 N, b, h, r, F = d_out.shape
+                state = [c[g] for c in kept]
                 if group is None or group.sizes[0] != N or group.sizes[2] != r:
-                    group = Group(N, b * h, r, *d_carried, for_backward=True)
+                    group = Group(N, b * h, r, state, d_carried)
+                group.start(*state)
                 group.load(*inputs, tau_K[:r], gamma_A1F, beta_A1F)
+                group.Z_NAKF.unflatten(1, (b, h)).copy_(Z)
+                group.Zbar_NAKF.unflatten(1, (b, h)).copy_(Zbar)
                 if r == K and d_last is not None:
                     for c, a in zip(d_carried, d_last):
                         c.add_(a)
                     d_last = None
-                grads = group.backward(d_out, *(c[g] for c in kept))
+                grads = group.backward(d_out)
                 for d, x in zip((dq_, dk_, dv_, dlam_), grads):
                     d.copy_(x.unflatten(1, (b, h)))
                 dtau[:r] += grads[4]

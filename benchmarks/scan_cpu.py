@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Time the fast PyTorch scan against the naive one, both in this run, on the CPU.
+
+    python benchmarks/scan_cpu.py [--quick] [--output FILE.json]
+
+Forward and backward, float32, heads of 64, two threads; the two alternate, best of five. Then the
+time per token and the peak memory of the fast one from 2k to 32k tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_ttt.ops import ttt_scan
+
+HEAD_DIM, MINI_BATCH, BASE_LR = 64, 16, {"linear": 1.0, "mlp": 0.1}
+CASES = (("linear", 1), ("mlp", 1), ("linear", 8))
+REQUIRED = {("linear", 1): 4, ("mlp", 1): 4, ("linear", 8): 12}
+
+
+def inputs(kind: str, batch: int, heads: int, length: int) -> list[torch.Tensor]:
+    """Random inputs of a scan; all require gradients."""
+    torch.manual_seed(0)
+    F, M = HEAD_DIM, 4 * HEAD_DIM
+    tensors = [torch.randn(batch, heads, length, F) for _ in range(3)]
+    tensors.append(BASE_LR[kind] * torch.rand(batch, heads, length) / F)
+    tensors.append(1 / torch.arange(1, MINI_BATCH + 1))
+    tensors += [torch.ones(heads, F), torch.zeros(heads, F)]
+    shapes = [(F, F), (1, F)] if kind == "linear" else [(F, M), (1, M), (M, F), (1, F)]
+    tensors += [0.02 * torch.randn(heads, *shape) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def seconds(tensors: list[torch.Tensor], backend: str) -> float:
+    """One forward and backward."""
+    started = time.perf_counter()
+    out, _ = ttt_scan(*tensors[:7], tuple(tensors[7:]), backend=backend)
+    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    return time.perf_counter() - started
+
+
+def compare(kind: str, batch: int, heads: int, length: int, repeats: int) -> dict:
+    """Best times of the two forms, taken in turns."""
+    tensors = inputs(kind, batch, heads, length)
+    best = {"naive": float("inf"), "torch": float("inf")}
+    for _ in range(repeats):
+        for backend in best:
+            best[backend] = min(best[backend], seconds(tensors, backend))
+    ratio = best["naive"] / best["torch"]
+    print(
+        f"{kind:6} batch {batch}, {heads} heads, {length} tokens: naive {best['naive']:.3f} s, "
+        f"torch {best['torch']:.3f} s, ratio {ratio:.1f}",
+        flush=True,
+    )
+    case = {"kind": kind, "batch": batch, "heads": heads, "length": length}
+    return {**case, "naive_s": best["naive"], "torch_s": best["torch"], "ratio": ratio}
+
+
+def long_sequence(kind: str, length: int, heads: int = 2) -> dict:
+    """Time per token and peak memory over the start, in a process of its own."""
+    command = [sys.executable, __file__, "--one-length", kind, str(length), str(heads)]
+    record = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print(
+        f"{kind:6} {length:6} tokens: {record['us_per_token']:.1f} us a token, "
+        f"{record['mib']:.0f} MiB",
+        flush=True,
+    )
+    return record
+
+
+def one_length(kind: str, length: int, heads: int) -> dict:
+    """What `long_sequence` asks of its process."""
+    short = inputs(kind, 1, heads, 1024)
+    seconds(short, "torch")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tensors = inputs(kind, 1, heads, length)
+    best = min(seconds(tensors, "torch") for _ in range(3))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "kind": kind,
+        "length": length,
+        "us_per_token": best / length * 1e6,
+        "mib": (peak - before) / 1024,
+    }
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small case, for the tests")
+    parser.add_argument("--output", type=Path, default="benchmarks/results/scan_cpu.json")
+    parser.add_argument("--one-length", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.one_length:
+        kind, length, heads = arguments.one_length
+        print(json.dumps(one_length(kind, int(length), int(heads))))
+        return
+    if arguments.quick:
+        results = {"compared": [compare(kind, 1, 4, 512, 3) for kind in ("linear", "mlp")]}
+    else:
+        results = {
+            "compared": [compare(kind, batch, 12, 2048, 5) for kind, batch in CASES],
+            "long": [
+                long_sequence(kind, length)
+                for kind in ("linear", "mlp")
+                for length in (2048, 8192, 32768)
+            ],
+        }
+        for record in results["compared"]:
+            record["required"] = REQUIRED[record["kind"], record["batch"]]
+    results["machine"] = {"processor": platform.processor(), "torch": torch.__version__}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
