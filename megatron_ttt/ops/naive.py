@@ -1,10 +1,10 @@
 """The TTT scan as the paper writes it: one mini-batch after another, gradients by autograd.
 
-This is the oracle of every other form: it reads like the maths, works in any floating dtype,
-and pays for both (a Python loop of small operations, autograd over every one of them).
+This is the oracle of every other form. It reads like the maths, works in any floating dtype, and
+pays for both with a Python loop of small operations that autograd records one by one.
 
-Sizes: B batch, H heads, L sequence, F head dim, M hidden width of the inner MLP, K mini-batch,
-N mini-batches. A trailing 1 is a kept dimension.
+Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches. Below the entry all
+tensors are [B, H, ...] and go by their names in the maths; x is a mini-batch's keys.
 """
 
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN_EPS = 1e-6
-GELU_CUBIC = 0.044715
 
 
 def naive_scan(
@@ -25,81 +24,79 @@ def naive_scan(
     beta_HF: Tensor,
     state: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All tensors in one dtype, the state per batch and head; otherwise as `ttt_scan`."""
+    """As `ttt_scan`, with the state [B, H, ...] in the dtype to compute in."""
     mini_batch = linear_mini_batch if len(state) == 2 else mlp_mini_batch
-    gamma_H1F, beta_H1F = gamma_HF.unsqueeze(-2), beta_HF.unsqueeze(-2)
-    K = len(tau_K)
-    N = q_BHLF.shape[2] // K
-    tokens = (q_BHLF, k_BHLF, v_BHLF, lam_BHL.unsqueeze(-1))
-
-    # [N, B, H, K, ...], so that x[i] is mini-batch i.
-    q, k, v, lam = (x[:, :, : N * K].unflatten(2, (N, K)).movedim(2, 0) for x in tokens)
+    dtype = state[0].dtype
+    tau = tau_K.to(dtype)
+    gamma, beta = (x.to(dtype).unsqueeze(-2) for x in (gamma_HF, beta_HF))
+    tokens = [x.to(dtype) for x in (q_BHLF, k_BHLF, v_BHLF, lam_BHL.unsqueeze(-1))]
+    N, r = divmod(q_BHLF.shape[2], len(tau_K))
     outputs = []
+
+    # [N, B, H, K, ...]: x[i] is a mini-batch.
+    q, k, v, lam = (x[:, :, : N * len(tau)].unflatten(2, (N, -1)).movedim(2, 0) for x in tokens)
     for i in range(N):
-        output, state = mini_batch(q[i], k[i], v[i], lam[i], tau_K, gamma_H1F, beta_H1F, state)
+        output, state = mini_batch(q[i], k[i], v[i], lam[i], tau, gamma, beta, state)
         outputs.append(output)
 
-    q, k, v, lam = (x[:, :, N * K :] for x in tokens)
-    r = q.shape[2]
     if r > 0:
-        # A ragged end is answered with the state as it is; it never becomes a full mini-batch.
-        output, _ = mini_batch(q, k, v, lam, tau_K[:r], gamma_H1F, beta_H1F, state)
-        outputs.append(output)
-    return torch.cat(outputs, dim=2), state
+        q, k, v, lam = (x[:, :, -r:] for x in tokens)
+        outputs.append(mini_batch(q, k, v, lam, tau[:r], gamma, beta, state)[0])
+    return torch.cat(outputs, dim=2).to(q_BHLF.dtype), state
 
 
-def linear_mini_batch(q, x, v, lam, tau_K, gamma, beta, state):
-    """TTT-Linear on one mini-batch: outputs [B, H, K, F] and the next (W, b)."""
+def linear_mini_batch(q, x, v, lam, tau, gamma, beta, state):
+    """The outputs of TTT-Linear and its next state."""
     W, b = state
     G = inner_gradient(x @ W + b, v - x, gamma, beta)
-    P = causal_rates(tau_K, lam) * (q @ x.mT + 1)
+    P = learning_rates(tau, lam) * (q @ x.mT + 1)
     output = q + gamma * normalise(q @ W + b - P @ G)[0] + beta
-    return output, step(x, G, lam, tau_K, W, b)
+    return output, step(x, G, lam, tau, W, b)
 
 
-def mlp_mini_batch(q, x, v, lam, tau_K, gamma, beta, state):
-    """TTT-MLP on one mini-batch: outputs [B, H, K, F] and the next (W1, b1, W2, b2)."""
+def mlp_mini_batch(q, x, v, lam, tau, gamma, beta, state):
+    """The outputs of TTT-MLP and its next state."""
     W1, b1, W2, b2 = state
     Z1 = x @ W1 + b1
     X2 = F.gelu(Z1, approximate="tanh")
     G2 = inner_gradient(X2 @ W2 + b2, v - x, gamma, beta)
     G1 = (G2 @ W2.mT) * gelu_derivative(Z1)
 
-    rates = causal_rates(tau_K, lam)
-    P1 = rates * (q @ x.mT + 1)
+    eta = learning_rates(tau, lam)
+    P1 = eta * (q @ x.mT + 1)
     X2bar = F.gelu(q @ W1 + b1 - P1 @ G1, approximate="tanh")
-    P2 = rates * (X2bar @ X2.mT + 1)
+    P2 = eta * (X2bar @ X2.mT + 1)
     output = q + gamma * normalise(X2bar @ W2 + b2 - P2 @ G2)[0] + beta
-    return output, step(x, G1, lam, tau_K, W1, b1) + step(X2, G2, lam, tau_K, W2, b2)
+    return output, step(x, G1, lam, tau, W1, b1) + step(X2, G2, lam, tau, W2, b2)
 
 
 def inner_gradient(Z, target, gamma, beta):
-    """d/dZ of 1/2 ||gamma*LN(Z) + beta - target||^2: LayerNorm's backward fused with the loss."""
+    """d/dZ of 1/2 ||gamma LN(Z) + beta - target||^2."""
     Z_hat, s = normalise(Z)
     u = gamma * (gamma * Z_hat + beta - target)
     return (u - u.mean(-1, keepdim=True) - Z_hat * (u * Z_hat).mean(-1, keepdim=True)) / s
 
 
 def normalise(Z):
-    """LayerNorm without its affine part, and the standard deviation it divides by."""
-    mean = Z.mean(-1, keepdim=True)
-    s = ((Z - mean).square().mean(-1, keepdim=True) + LN_EPS).sqrt()
-    return (Z - mean) / s, s
+    """LayerNorm without its affine part, and the s it divides by."""
+    centred = Z - Z.mean(-1, keepdim=True)
+    s = (centred.square().mean(-1, keepdim=True) + LN_EPS).sqrt()
+    return centred / s, s
 
 
-def causal_rates(tau_K, lam):
-    """eta_ij = tau_i * lam_j for j <= i, else 0."""
-    return torch.tril(tau_K[:, None] * lam.mT)
+def learning_rates(tau, lam):
+    """eta_ij = tau_i lam_j for j <= i, the rate at which token j's gradient reaches token i."""
+    return torch.tril(tau[:, None] * lam.mT)
 
 
-def step(x, G, lam, tau_K, W, b):
-    """The state after the mini-batch: one gradient step from (W, b) over all of its tokens."""
-    rate = tau_K[-1] * lam
+def step(x, G, lam, tau, W, b):
+    """The state after all tokens' gradients."""
+    rate = tau[-1] * lam
     return W - (rate * x).mT @ G, b - (rate * G).sum(-2, keepdim=True)
 
 
 def gelu_derivative(x):
-    """The official code's derivative of tanh-GELU, which rounds sqrt(2/pi) to eight digits."""
-    c = 0.79788456
-    t = torch.tanh(c * x * (1 + GELU_CUBIC * x * x))
-    return x / 2 * (1 - t * t) * (c + 3 * GELU_CUBIC * c * x * x) + (1 + t) / 2
+    """gelu' as the official code has it, with sqrt(2/pi) rounded to eight digits."""
+    c, a = 0.79788456, 0.044715
+    t = torch.tanh(c * x * (1 + a * x * x))
+    return x / 2 * (1 - t * t) * (c + 3 * a * c * x * x) + (1 + t) / 2
