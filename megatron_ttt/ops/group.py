@@ -1,9 +1,8 @@
 """A group of consecutive mini-batches: its tokens, and what both inner models share.
 
 A group is a workspace. Its tensors are allocated once and used again for every stretch of the
-sequence with as many mini-batches, and so are the per-mini-batch views that the loops run over.
-In eager mode a call costs more than its arithmetic at these sizes: only what carries the state
-from one mini-batch to the next is in a loop, everything else is batched over the group.
+sequence with as many mini-batches, and so are the views that the loops over mini-batches run on:
+in eager mode a view costs as much as a small product.
 
 The models share the loss. Z, a model's output for the keys, meets the target through LayerNorm,
 l = 1/2 ||gamma LN(Z) + offset||^2 with offset = beta - (v - x); Zbar, its output for the queries
@@ -28,9 +27,9 @@ def augmented(width: int) -> int:
 
 
 def augment(W: Tensor, b: Tensor) -> Tensor:
-    """Weights [B, H, I, J] over the bias [B, H, 1, J] over zeros, by head."""
-    padding = augmented(W.shape[-2]) - W.shape[-2] - 1
-    return torch.nn.functional.pad(torch.cat((W, b), -2), (0, 0, 0, padding)).flatten(0, 1)
+    """Weights [B, H, I, J] over the bias [B, H, 1, J] over zeros, as [A, I + 1.., J]."""
+    zeros = augmented(W.shape[-2]) - W.shape[-2] - 1
+    return torch.nn.functional.pad(torch.cat((W, b), -2), (0, 0, 0, zeros)).flatten(0, 1)
 
 
 def flat(x_NA: Tensor) -> Tensor:
@@ -44,11 +43,21 @@ def each(**tensors) -> list[SimpleNamespace]:
 
 
 class Group:
-    """The part of a group that does not know the inner model; `like` gives dtype and device."""
+    """What does not depend on the inner model. `shape` is [N, B, H, K, F]; `like` gives dtype and
+    device. The subclasses add
 
-    def __init__(self, N: int, A: int, K: int, F: int, like: Tensor, for_backward: bool):
-        self.sizes = N, A, K, F
-        new, E = like.new_empty, augmented(F)
+    - pack, unpack: between the state as its users know it and as the loops do,
+    - state: the state after `forward`, and `start`, which sets the state before `backward`,
+    - forward(): the outputs; leaves Z and Zbar,
+    - backward(d_output): the gradients of q, k, v, lam [N, B, H, K, ...], tau, gamma and beta;
+      takes the state's gradient, given on construction, from after the group to before it.
+    """
+
+    def __init__(self, shape: torch.Size, like: Tensor, for_backward: bool):
+        self.shape = shape
+        N, B, H, K, F = shape
+        A, E = B * H, augmented(F)
+        new = like.new_empty
         self.qx_NA2KE = like.new_zeros(N, A, 2 * K, E)
         self.qx_NA2KE[..., F] = 1
         self.q_NAKE, self.x_NAKE = self.qx_NA2KE.split(K, 2)
@@ -60,38 +69,42 @@ class Group:
         if for_backward:
             self.dZZ_NA2KF = new(N, A, 2 * K, F)  # dZbar's rows, then dZ's
             self.dZbar_NAKF, self.dZ_NAKF = self.dZZ_NA2KF.split(K, 2)
-            self.dq_NAKF, self.dx_NAKF, self.dG_NAKF, self.scratch_NAKF = new(4, N, A, K, F)
-            self.dS_NAKK = like.new_zeros(N, A, K, K)
+            self.dq_NAKF, self.dx_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
+            self.dG_NAKF, self.dS_NAKK = like.new_zeros(N, A, K, F), like.new_zeros(N, A, K, K)
             self.hG_NA2KF, self.Gh_NA2KF = new(2, N, A, 2, K, F)  # Z_hat and G, G and Z_hat
             self.h_NAK1 = new(N, A, K, 1)
-            self.scratch_A2KF, self.dots_A2K1 = new(A, 2, K, F), new(A, 2, K, 1)
-            self.dot_hat, self.dot_G = self.dots_A2K1.unbind(1)
-            self.scratch_AKF = new(A, K, F)
+            self.scratch_AKF, self.scratch_A2KF = new(A, K, F), new(A, 2, K, F)
+            self.dots_A2K1 = new(A, 2, K, 1)
             self.gradient_views = each(
                 dG=self.dG_NAKF,
                 dG_A1KF=self.dG_NAKF.unsqueeze(2),
                 h=self.h_NAK1,
                 hG=self.hG_NA2KF,
-                first=self.Gh_NA2KF[:, :, 0],
-                second=self.Gh_NA2KF[:, :, 1],
+                G_scaled=self.Gh_NA2KF[:, :, 0],
+                hat_scaled=self.Gh_NA2KF[:, :, 1],
                 dZ=self.dZ_NAKF,
             )
 
+    def by_head(self, x_NA: Tensor) -> Tensor:
+        """[N, A, ...] as [N, B, H, ...]."""
+        return x_NA.unflatten(1, self.shape[1:3])
+
     def load(self, q, k, v, lam, tau_K, gamma_A1F, beta_A1F):
         """Take q, k, v, lam as [N, B, H, K, ...] in any float dtype; do what needs no state."""
-        heads = q.shape[1:3]
+        K = self.shape[3]
+        # The step the state takes is W' = W + step^T G. After a ragged mini-batch it takes none.
+        self.tau_step = tau_K[-1] * (len(tau_K) == K)
         self.tau_K, self.gamma_A1F, self.beta_A1F = tau_K, gamma_A1F, beta_A1F
         self.gamma2_A1F = gamma_A1F * gamma_A1F
         self.lam_NAK = lam.to(tau_K.dtype).flatten(1, 2)
-        self.q_NAKF.unflatten(1, heads).copy_(q)
-        self.x_NAKF.unflatten(1, heads).copy_(k)
-        self.offset_NAKF.unflatten(1, heads).copy_(v)
+        self.by_head(self.q_NAKF).copy_(q)
+        self.by_head(self.x_NAKF).copy_(k)
+        self.by_head(self.offset_NAKF).copy_(v)
         torch.sub(self.x_NAKF, self.offset_NAKF, out=self.offset_NAKF).add_(beta_A1F)
         torch.mul(gamma_A1F, self.offset_NAKF, out=self.u_NAKF)
-        # The state's step is W' = W + step^T G, its rate -tau_K lam.
-        torch.mul(self.lam_NAK.unsqueeze(-1), -tau_K[-1], out=self.rate_NAK1)
+        torch.mul(self.lam_NAK.unsqueeze(-1), -self.tau_step, out=self.rate_NAK1)
         torch.mul(self.x_NAKE, self.rate_NAK1, out=self.step_NAKE)
-        torch.mul(tau_K[:, None], self.lam_NAK.unsqueeze(-2), out=self.eta_NAKK).tril_()
+        torch.mul(tau_K[:K, None], self.lam_NAK.unsqueeze(-2), out=self.eta_NAKK).tril_()
         torch.bmm(flat(self.q_NAKE), flat(self.x_NAKE).mT, out=flat(self.S_NAKK))
         torch.mul(self.eta_NAKK, self.S_NAKK, out=self.P_NAKK)
 
@@ -101,19 +114,38 @@ class Group:
         return project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
 
     def output(self):
-        """q + gamma LN(Zbar) + beta."""
+        """q + gamma LN(Zbar) + beta, by head."""
         out = torch.add(self.q_NAKF, self.beta_A1F)
-        return out.addcmul_(self.gamma_A1F, normalise(self.Zbar_NAKF).hat)
+        return self.by_head(out.addcmul_(self.gamma_A1F, normalise(self.Zbar_NAKF).hat))
 
-    def output_backward(self, d_out):
-        """From d_out [N, B, H, K, F] to dZbar; d_out itself is the first part of dq."""
-        d_out_NAKF, scratch = self.dq_NAKF, self.scratch_NAKF
-        d_out_NAKF.unflatten(1, d_out.shape[1:3]).copy_(d_out)
+    def restore(self, state, Z, Zbar):
+        """What the forward kept of this group."""
+        self.start(*state)
+        self.by_head(self.Z_NAKF).copy_(Z)
+        self.by_head(self.Zbar_NAKF).copy_(Zbar)
+
+    def inner_gradients(self):
+        """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
+        norm, scratch = normalise(self.Z_NAKF), self.scratch_NAKF
+        u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
+        self.G_NAKF.copy_(project(u, norm))
+        scale = norm.rstd * (-1 / self.shape[-1])
+        torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
+        self.h_NAK1 *= scale
+        torch.stack((norm.hat, self.G_NAKF), 2, out=self.hG_NA2KF)
+        torch.mul(self.hG_NA2KF.flip(2), scale.unsqueeze(2), out=self.Gh_NA2KF)
+        self.norms = [Normalised(*rows) for rows in zip(*norm)]
+        self.dus = []
+
+    def output_backward(self, d_output):
+        """From d_output [N, B, H, K, F] to dZbar; d_output itself is the first part of dq."""
+        d_output_NAKF, scratch = self.dq_NAKF, self.scratch_NAKF
+        self.by_head(d_output_NAKF).copy_(d_output)
         norm = normalise(self.Zbar_NAKF)
-        torch.mul(self.gamma_A1F, d_out_NAKF, out=scratch)
+        torch.mul(self.gamma_A1F, d_output_NAKF, out=scratch)
         self.dZbar_NAKF.copy_(project(scratch, norm))
-        self.dgamma_AF = norm.hat.mul_(d_out_NAKF).sum((0, 2))
-        self.dbeta_AF = d_out_NAKF.sum((0, 2))
+        self.dgamma_AF = norm.hat.mul_(d_output_NAKF).sum((0, 2))
+        self.dbeta_AF = d_output_NAKF.sum((0, 2))
 
     def response_backward(self, P_NAKK, S_NAKK):
         """Through - P G of the layer that gives Zbar: dS, the first part of dG, dP * S in S."""
@@ -123,47 +155,36 @@ class Group:
         S_NAKK *= self.dS_NAKK
         self.dS_NAKK *= self.eta_NAKK
 
-    def inner_gradients(self):
-        """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
-        norm, scratch = normalise(self.Z_NAKF), self.scratch_NAKF
-        u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
-        self.G_NAKF.copy_(project(u, norm))
-        scale = norm.rstd * (-1 / self.sizes[3])
-        torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
-        self.h_NAK1 *= scale
-        torch.stack((norm.hat, self.G_NAKF), 2, out=self.hG_NA2KF)
-        torch.mul(self.hG_NA2KF.flip(2), scale.unsqueeze(2), out=self.Gh_NA2KF)
-        self.norms = [Normalised(*rows) for rows in zip(*norm)]
-        self.dus = []
-
     def inner_gradient_backward(self, m, norm):
         """From dG to dZ, with du = Pi(dG): as Pi is linear and Pi(u) = G,
 
         dZ = Pi(gamma^2 du - mean(u Z_hat)/s dG) - (mean(dG Z_hat) G + mean(dG G) Z_hat) / s.
         """
         du = project(m.dG, norm)
-        torch.mul(m.dG_A1KF, m.hG, out=self.scratch_A2KF)
-        torch.sum(self.scratch_A2KF, -1, keepdim=True, out=self.dots_A2K1)
-        torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
-        dZ = project(self.scratch_AKF, norm).addcmul_(self.dot_hat, m.first)
-        torch.addcmul(dZ, self.dot_G, m.second, out=m.dZ)
         self.dus.append(du)
+        torch.mul(m.dG_A1KF, m.hG, out=self.scratch_A2KF)
+        dots = torch.sum(self.scratch_A2KF, -1, keepdim=True, out=self.dots_A2K1)
+        dG_hat, dG_G = dots.unbind(1)
+        torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
+        dZ = project(self.scratch_AKF, norm).addcmul_(dG_hat, m.G_scaled)
+        torch.addcmul(dZ, dG_G, m.hat_scaled, out=m.dZ)
 
-    def target_backward(self):
-        """dv, and what reaches gamma, beta and x through the loss."""
-        gamma, du = self.gamma_A1F, self.scratch_NAKF
-        torch.stack(self.dus[::-1], out=du)
-        self.offset_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
-        self.dgamma_AF += self.offset_NAKF.mul_(du).sum((0, 2))
-        du *= gamma
-        self.dbeta_AF += du.sum((0, 2))
-        self.dx_NAKF += du
-        return du.neg_()
-
-    def rates_backward(self, dPS_NAKK, Y_NAK):
-        """dlam, dtau from P (dP * S) and from the state's step (Y, the rows' <x dW', G>)."""
-        tau_K, lam_NAK = self.tau_K, self.lam_NAK
+    def gradients(self, dPS_NAKK, Y_NAK):
+        """All gradients, when those of q and x are done but for the target's. lam and tau get
+        theirs from P (dP * S) and from the state's step (Y_j = <x_j dW', G_j>)."""
+        gamma, tau_K, lam_NAK, K = self.gamma_A1F, self.tau_K, self.lam_NAK, self.shape[3]
         dPS_NAKK.tril_()
-        dtau_K = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1)).squeeze(-1)
-        dtau_K[-1] -= (Y_NAK * lam_NAK).sum()
-        return (tau_K @ dPS_NAKK).addcmul_(Y_NAK, tau_K[-1], value=-1), dtau_K
+        dlam = (tau_K[:K] @ dPS_NAKK).addcmul_(Y_NAK, self.tau_step, value=-1)
+        dtau = torch.zeros_like(tau_K)
+        dtau[:K] = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1, 3))
+        if len(tau_K) == K:
+            dtau[-1] -= (Y_NAK * lam_NAK).sum()
+
+        du = torch.stack(self.dus[::-1], out=self.scratch_NAKF)
+        self.offset_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
+        dgamma = self.dgamma_AF + self.offset_NAKF.mul_(du).sum((0, 2))
+        du *= gamma
+        dbeta = self.dbeta_AF + du.sum((0, 2))
+        self.dx_NAKF += du
+        tokens = map(self.by_head, (self.dq_NAKF, self.dx_NAKF, du.neg_(), dlam))
+        return *tokens, dtau, *(x.unflatten(0, self.shape[1:3]).sum(0) for x in (dgamma, dbeta))

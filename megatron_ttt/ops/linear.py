@@ -5,7 +5,7 @@ The loops hold the chain of the state, and in the backward the chain of its grad
 
 import torch
 
-from megatron_ttt.ops.group import Group, augment, augmented, each, flat
+from megatron_ttt.ops.group import Group, augment, each, flat
 
 
 class LinearGroup(Group):
@@ -16,16 +16,15 @@ class LinearGroup(Group):
         return (augment(W, b),)
 
     @staticmethod
-    def unpack(W_AEF, B, H):
+    def unpack(W_AEF):
         F = W_AEF.shape[-1]
-        W = W_AEF.unflatten(0, (B, H))
-        return W[..., :F, :], W[..., F : F + 1, :]
+        return W_AEF[:, :F], W_AEF[:, F : F + 1]
 
-    def __init__(self, N, A, K, state, d_state=None):
+    def __init__(self, shape, state, d_state=None):
         (W_AEF,) = state
-        F = W_AEF.shape[-1]
-        super().__init__(N, A, K, F, W_AEF, for_backward=d_state is not None)
-        new, E = W_AEF.new_empty, augmented(F)
+        super().__init__(shape, W_AEF, for_backward=d_state is not None)
+        N, A, K, E = self.x_NAKE.shape
+        F, new = shape[-1], W_AEF.new_empty
         self.W_NAEF = new(N, A, E, F)
         self.state = (self.W_NAEF[0],)
         self.start(W_AEF)
@@ -55,7 +54,6 @@ class LinearGroup(Group):
         self.W_NAEF[0] = W_AEF
 
     def forward(self):
-        """The outputs; leaves Z and Zbar, and the state after the group."""
         gradients = []
         for m in self.mini_batches:
             torch.bmm(m.x, m.W, out=m.Z)
@@ -70,18 +68,18 @@ class LinearGroup(Group):
         torch.baddbmm(m.W, m.stepT, G, out=self.W_NAEF[0])
         return self.output()
 
-    def backward(self, d_out):
-        """From the state before the group, Z, Zbar and d_out to the gradients of q, k, v, lam,
-        tau, gamma and beta; steps the state's gradient back."""
-        F = self.sizes[3]
+    def backward(self, d_output):
+        F = self.shape[-1]
         self.inner_gradients()
         for m in self.mini_batches[:-1]:
             torch.baddbmm(m.W, m.stepT, m.G, out=m.W_next)
-        self.output_backward(d_out)
+        self.output_backward(d_output)
         self.response_backward(self.P_NAKK, self.S_NAKK)
         self.dW_NAEF[-1] = self.dW_AEF
         for m, g, norm in zip(
-            reversed(self.backward_mini_batches), reversed(self.gradient_views), reversed(self.norms)
+            reversed(self.backward_mini_batches),
+            reversed(self.gradient_views),
+            reversed(self.norms),
         ):
             m.dG.baddbmm_(m.step, m.dW_next)
             self.inner_gradient_backward(g, norm)
@@ -94,6 +92,4 @@ class LinearGroup(Group):
         GdW = self.GdW_NAKE
         torch.bmm(flat(self.G_NAKF), flat(self.dW_NAEF).mT, out=flat(GdW))
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW[..., :F])
-        dlam, dtau = self.rates_backward(self.S_NAKK, GdW.mul_(self.x_NAKE).sum(-1))
-        dv = self.target_backward()
-        return self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF
+        return self.gradients(self.S_NAKK, GdW.mul_(self.x_NAKE).sum(-1))

@@ -11,7 +11,7 @@ The first layer is transposed, U1 [M, E]: MKL is slow at [K, M] times the transp
 import torch
 
 from megatron_ttt.ops.gelu import EXACT, ROUNDED, Gelu
-from megatron_ttt.ops.group import Group, augment, augmented, each, flat
+from megatron_ttt.ops.group import Group, augment, each, flat
 
 
 class MLPGroup(Group):
@@ -22,16 +22,16 @@ class MLPGroup(Group):
         return augment(W1, b1).mT.contiguous(), augment(W2, b2)
 
     @staticmethod
-    def unpack(U1_AME, W2_AJF, B, H):
+    def unpack(U1_AME, W2_AJF):
         M, F = U1_AME.shape[1], W2_AJF.shape[2]
-        W1, W2 = U1_AME.mT.unflatten(0, (B, H)), W2_AJF.unflatten(0, (B, H))
-        return W1[..., :F, :], W1[..., F : F + 1, :], W2[..., :M, :], W2[..., M : M + 1, :]
+        W1_AEM = U1_AME.mT
+        return W1_AEM[:, :F], W1_AEM[:, F : F + 1], W2_AJF[:, :M], W2_AJF[:, M : M + 1]
 
-    def __init__(self, N, A, K, state, d_state=None):
+    def __init__(self, shape, state, d_state=None):
         U1_AME, W2_AJF = state
-        M, F = U1_AME.shape[1], W2_AJF.shape[2]
-        super().__init__(N, A, K, F, U1_AME, for_backward=d_state is not None)
-        new, E, J = U1_AME.new_empty, augmented(F), augmented(M)
+        super().__init__(shape, U1_AME, for_backward=d_state is not None)
+        N, A, K, E = self.x_NAKE.shape
+        M, (J, F), new = U1_AME.shape[1], W2_AJF.shape[1:], U1_AME.new_empty
         self.M = M
         self.exact = Gelu(EXACT, U1_AME)
         # The constant of the inner gradient's gelu', see gelu.py.
@@ -39,7 +39,11 @@ class MLPGroup(Group):
         self.Z1s_A2KM = new(A, 2 * K, M)
         self.Z1q_AKM, self.Z1_AKM = self.Z1s_A2KM.split(K, 1)
         self.Z1bar_AKM, self.H_AKM, self.gate_AKM, self.scratch_AKM = new(4, A, K, M)
-        self.S2_NAKK, self.P2_NAKK, self.step2_NAKF = new(N, A, K, K), new(N, A, K, K), new(N, A, K, F)
+        self.S2_NAKK, self.P2_NAKK, self.step2_NAKF = (
+            new(N, A, K, K),
+            new(N, A, K, K),
+            new(N, A, K, F),
+        )
         n = 1 if d_state is None else N
         self.X2s = U1_AME.new_zeros(n, A, 2 * K, J)  # X2bar's rows, then X2's
         self.X2s[..., M] = 1
@@ -82,8 +86,8 @@ class MLPGroup(Group):
             self.allocate_backward(d_state)
 
     def allocate_backward(self, d_state):
-        N, A, K, F = self.sizes
-        M, E, J = self.M, self.qx_NA2KE.shape[-1], self.X2s.shape[-1]
+        N, A, K, E = self.x_NAKE.shape
+        M, F, J = self.M, self.shape[-1], self.X2s.shape[-1]
         new, zeros = self.u_NAKF.new_empty, self.u_NAKF.new_zeros
         self.dU1_AME, self.dW2_AJF = d_state
         self.dgelu_bar, self.Hd2gelu = new(2, N, A, K, M)
@@ -132,7 +136,6 @@ class MLPGroup(Group):
         self.U1[0], self.W2[0] = U1_AME, W2_AJF
 
     def forward(self):
-        """The outputs; leaves Z and Zbar, and the state after the group."""
         for m in self.mini_batches:
             torch.bmm(m.qx, m.U1T, out=self.Z1s_A2KM)
             self.exact.gate(self.Z1_AKM, out=self.gate_AKM)
@@ -165,8 +168,15 @@ class MLPGroup(Group):
         torch.mul(self.Z1bar_AKM, self.gate_AKM, out=m.X2bar_M)
 
     def run_again(self):
-        N = self.sizes[0]
-        exact, inner, Z1, gate, H, scratch = self.exact, self.inner, self.Z1_AKM, self.gate_AKM, self.H_AKM, self.scratch_AKM
+        N = self.shape[0]
+        exact, inner, Z1, gate, H, scratch = (
+            self.exact,
+            self.inner,
+            self.Z1_AKM,
+            self.gate_AKM,
+            self.H_AKM,
+            self.scratch_AKM,
+        )
         torch.mul(self.G_NAKF, self.rate_NAK1, out=self.step2_NAKF)
         for i, m in enumerate(self.mini_batches):
             torch.bmm(m.qx, m.U1T, out=self.Z1s_A2KM)
@@ -183,24 +193,24 @@ class MLPGroup(Group):
             if i + 1 < N:
                 torch.baddbmm(m.U1, m.G1T, m.step, out=self.U1[i + 1])
                 torch.baddbmm(m.W2, m.X2T, m.step2, out=self.W2[i + 1])
-        X2bar, X2 = map(flat, self.X2s.split(self.sizes[2], 2))
+        X2bar, X2 = map(flat, self.X2s.split(self.shape[3], 2))
         torch.bmm(X2bar, X2.mT, out=flat(self.S2_NAKK))
         torch.mul(self.eta_NAKK, self.S2_NAKK, out=self.P2_NAKK)
 
-    def backward(self, d_out):
-        """From the state before the group, Z, Zbar and d_out to the gradients of q, k, v, lam,
-        tau, gamma and beta; steps the state's gradient back."""
-        _, _, K, F = self.sizes
+    def backward(self, d_output):
+        K, F = self.shape[3:]
         self.inner_gradients()
         self.run_again()
-        self.output_backward(d_out)
+        self.output_backward(d_output)
         self.response_backward(self.P2_NAKK, self.S2_NAKK)
         dU1, dW2, dH = self.dU1_AME, self.dW2_AJF, self.dH_AKJ
         dU1T, dW2T, dHT, dH_M = dU1.mT, dW2[:, : self.M].mT, dH.mT, dH[..., : self.M]
         dX2bar, dX2, dG1, dZ1s = self.dX2bar_AKM, self.dX2_AKM, self.dG1_AKM, self.dZ1s_A2KM
         dZ1sT, (dZ1bar, dZ1) = dZ1s.mT, dZ1s.split(K, 1)
         for m, g, norm in zip(
-            reversed(self.backward_mini_batches), reversed(self.gradient_views), reversed(self.norms)
+            reversed(self.backward_mini_batches),
+            reversed(self.gradient_views),
+            reversed(self.norms),
         ):
             torch.bmm(m.dZbar, m.W2T, out=dX2bar).baddbmm_(m.dS2, m.X2_M)
             torch.mul(dX2bar, m.dgelu_bar, out=dZ1bar)
@@ -226,6 +236,4 @@ class MLPGroup(Group):
         GdW1 = self.GdW1_NAKE
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[..., :F])
         Y = GdW1.mul_(self.x_NAKE).sum(-1) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
-        dlam, dtau = self.rates_backward(dPS, Y)
-        dv = self.target_backward()
-        return self.dq_NAKF, self.dx_NAKF, dv, dlam, dtau, self.dgamma_AF, self.dbeta_AF
+        return self.gradients(dPS, Y)

@@ -34,7 +34,8 @@ def naive_scan(
     outputs = []
 
     # [N, B, H, K, ...]: x[i] is a mini-batch.
-    q, k, v, lam = (x[:, :, : N * len(tau)].unflatten(2, (N, -1)).movedim(2, 0) for x in tokens)
+    whole = (x[:, :, : N * len(tau)] for x in tokens)
+    q, k, v, lam = (x.unflatten(2, (N, len(tau))).movedim(2, 0) for x in whole)
     for i in range(N):
         output, state = mini_batch(q[i], k[i], v[i], lam[i], tau, gamma, beta, state)
         outputs.append(output)

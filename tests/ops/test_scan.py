@@ -115,9 +115,7 @@ def test_gradients_that_are_not_asked_for(kind):
 
     upstream = torch.randn(1, 2, 50, 16, dtype=torch.float64)
     naive = torch.autograd.grad(outputs(*tensors, backend="naive"), wanted, upstream)
-    out = torch.utils.checkpoint.checkpoint(
-        outputs, *tensors, backend="torch", use_reentrant=False
-    )
+    out = torch.utils.checkpoint.checkpoint(outputs, *tensors, backend="torch", use_reentrant=False)
     for ours, theirs in zip(torch.autograd.grad(out, wanted, upstream), naive):
         assert relative(ours, theirs) < 1e-12
 
