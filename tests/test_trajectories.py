@@ -32,7 +32,7 @@ def job(tmp_path_factory):
                 "training": {
                     "steps": 40,
                     "seq_length": 64,
-                    "micro_batch_size": 2,
+                    "micro_batch_size": 2 if layout in ("pp2", "dp2") else 4,
                     "global_batch_size": 4,
                     "precision": precision,
                 },
