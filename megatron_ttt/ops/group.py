@@ -2,7 +2,8 @@
 
 A group is a workspace. Its tensors are allocated once and used again for every stretch of the
 sequence with as many mini-batches, and so are the views that the loops over mini-batches run on:
-in eager mode a view costs as much as a small product.
+in eager mode a view costs as much as a small product. Only what the backward wants back of each
+stretch (`kept`) is allocated for it.
 
 The models share the loss. Z, a model's output for the keys, meets the target through LayerNorm,
 l = 1/2 ||gamma LN(Z) + offset||^2 with offset = beta - (v - x); Zbar, its output for the queries
@@ -10,7 +11,8 @@ after the inner step, gives out = q + gamma LN(Zbar) + beta.
 
 Sizes: N mini-batches, B batch, H heads, A = B * H, K tokens of a mini-batch, F features, and
 E > F the features, a constant 1 and zeros: with the 1 the bias is one more row of the weights, the
-+1 of S = q x^T + 1 comes by itself, and the zeros align the rows.
++1 of S = q x^T + 1 comes by itself, and the zeros align the rows. 2K and 3K are rows of several
+kinds one after the other, so that one product serves them all: x and q; dZ, dZbar and G.
 """
 
 from types import SimpleNamespace
@@ -47,8 +49,8 @@ class Group:
     device. The subclasses add
 
     - pack, unpack: between the state as its users know it and as the loops do,
-    - state: the state after `forward`, and `start`, which sets the state before `backward`,
-    - forward(): the outputs; leaves Z and Zbar,
+    - state: tensors stepped by `forward`, and `start`, which sets them,
+    - forward(): the outputs; leaves in `kept` what `restore` gives a group before its backward,
     - backward(d_output): the gradients of q, k, v, lam [N, B, H, K, ...], tau, gamma and beta;
       takes the state's gradient, given on construction, from after the group to before it.
     """
@@ -57,33 +59,37 @@ class Group:
         self.shape = shape
         N, B, H, K, F = shape
         A, E = B * H, augmented(F)
-        new = like.new_empty
-        self.qx_NA2KE = like.new_zeros(N, A, 2 * K, E)
-        self.qx_NA2KE[..., F] = 1
-        self.q_NAKE, self.x_NAKE = self.qx_NA2KE.split(K, 2)
-        self.q_NAKF, self.x_NAKF = self.q_NAKE[..., :F], self.x_NAKE[..., :F]
+        new = self.new = like.new_empty
+        self.xq_NA2KE = like.new_zeros(N, A, 2 * K, E)
+        self.xq_NA2KE[..., F] = 1
+        self.x_NAKE, self.q_NAKE = self.xq_NA2KE.split(K, 2)
+        self.x_NAKF, self.q_NAKF = self.x_NAKE[..., :F], self.q_NAKE[..., :F]
         self.rate_NAK1, self.step_NAKE = new(N, A, K, 1), new(N, A, K, E)
-        self.offset_NAKF, self.u_NAKF, self.G_NAKF = new(3, N, A, K, F)
-        self.Z_NAKF, self.Zbar_NAKF = new(2, N, A, K, F)
+        self.offset_NAKF, self.u_NAKF = new(2, N, A, K, F)
         self.eta_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
-        if for_backward:
-            self.dZZ_NA2KF = new(N, A, 2 * K, F)  # dZbar's rows, then dZ's
-            self.dZbar_NAKF, self.dZ_NAKF = self.dZZ_NA2KF.split(K, 2)
-            self.dq_NAKF, self.dx_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
-            self.dG_NAKF, self.dS_NAKK = like.new_zeros(N, A, K, F), like.new_zeros(N, A, K, K)
-            self.hG_NA2KF, self.Gh_NA2KF = new(2, N, A, 2, K, F)  # Z_hat and G, G and Z_hat
-            self.h_NAK1 = new(N, A, K, 1)
-            self.scratch_AKF, self.scratch_A2KF = new(A, K, F), new(A, 2, K, F)
-            self.dots_A2K1 = new(A, 2, K, 1)
-            self.gradient_views = each(
-                dG=self.dG_NAKF,
-                dG_A1KF=self.dG_NAKF.unsqueeze(2),
-                h=self.h_NAK1,
-                hG=self.hG_NA2KF,
-                G_scaled=self.Gh_NA2KF[:, :, 0],
-                hat_scaled=self.Gh_NA2KF[:, :, 1],
-                dZ=self.dZ_NAKF,
-            )
+        if not for_backward:
+            self.G_NAKF = new(N, A, K, F)
+            return
+        self.dZs_NA3KF = new(N, A, 3 * K, F)
+        self.dZ_NAKF, self.dZbar_NAKF, self.G_NAKF = self.dZs_NA3KF.split(K, 2)
+        self.dxq_NA2KF = new(N, A, 2 * K, F)
+        self.dx_NAKF, self.dq_NAKF = self.dxq_NA2KF.split(K, 2)
+        self.d_output_NAKF, self.dG_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
+        self.dP_NAKK = new(N, A, K, K)
+        self.dSS_NA2K2K = like.new_zeros(N, A, 2 * K, 2 * K)
+        self.hG_NA2KF, self.Gh_NA2KF = new(2, N, A, 2, K, F)  # Z_hat and G, G and Z_hat
+        self.h_NAK1 = new(N, A, K, 1)
+        self.scratch_AKF, self.scratch_A2KF = new(A, K, F), new(A, 2, K, F)
+        self.dots_A2K1 = new(A, 2, K, 1)
+        self.gradient_views = each(
+            dG=self.dG_NAKF,
+            dG_A1KF=self.dG_NAKF.unsqueeze(2),
+            h=self.h_NAK1,
+            hG=self.hG_NA2KF,
+            G_scaled=self.Gh_NA2KF[:, :, 0],
+            hat_scaled=self.Gh_NA2KF[:, :, 1],
+            dZ=self.dZ_NAKF,
+        )
 
     def by_head(self, x_NA: Tensor) -> Tensor:
         """[N, A, ...] as [N, B, H, ...]."""
@@ -113,47 +119,36 @@ class Group:
         norm = normalise(Z)
         return project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
 
-    def output(self):
+    def output(self, Zbar_NAKF):
         """q + gamma LN(Zbar) + beta, by head."""
         out = torch.add(self.q_NAKF, self.beta_A1F)
-        return self.by_head(out.addcmul_(self.gamma_A1F, normalise(self.Zbar_NAKF).hat))
+        return self.by_head(out.addcmul_(self.gamma_A1F, normalise(Zbar_NAKF).hat))
 
-    def restore(self, state, Z, Zbar):
-        """What the forward kept of this group."""
-        self.start(*state)
-        self.by_head(self.Z_NAKF).copy_(Z)
-        self.by_head(self.Zbar_NAKF).copy_(Zbar)
-
-    def inner_gradients(self):
+    def inner_gradients(self, Z_NAKF):
         """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
-        norm, scratch = normalise(self.Z_NAKF), self.scratch_NAKF
+        norm, scratch = normalise(Z_NAKF), self.scratch_NAKF
         u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
-        self.G_NAKF.copy_(project(u, norm))
+        G = self.G_NAKF.copy_(project(u, norm))
         scale = norm.rstd * (-1 / self.shape[-1])
         torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
         self.h_NAK1 *= scale
-        torch.stack((norm.hat, self.G_NAKF), 2, out=self.hG_NA2KF)
-        torch.mul(self.hG_NA2KF.flip(2), scale.unsqueeze(2), out=self.Gh_NA2KF)
+        torch.stack((norm.hat, G), 2, out=self.hG_NA2KF)
+        torch.mul(G, scale, out=self.Gh_NA2KF[:, :, 0])
+        torch.mul(norm.hat, scale, out=self.Gh_NA2KF[:, :, 1])
         self.norms = [Normalised(*rows) for rows in zip(*norm)]
         self.dus = []
 
-    def output_backward(self, d_output):
-        """From d_output [N, B, H, K, F] to dZbar; d_output itself is the first part of dq."""
-        d_output_NAKF, scratch = self.dq_NAKF, self.scratch_NAKF
+    def output_backward(self, d_output, Zbar_NAKF):
+        """From d_output [N, B, H, K, F] to dZbar, and to dP of the layer that gave Zbar - P G."""
+        d_output_NAKF, scratch = self.d_output_NAKF, self.scratch_NAKF
         self.by_head(d_output_NAKF).copy_(d_output)
-        norm = normalise(self.Zbar_NAKF)
+        norm = normalise(Zbar_NAKF)
         torch.mul(self.gamma_A1F, d_output_NAKF, out=scratch)
         self.dZbar_NAKF.copy_(project(scratch, norm))
         self.dgamma_AF = norm.hat.mul_(d_output_NAKF).sum((0, 2))
         self.dbeta_AF = d_output_NAKF.sum((0, 2))
-
-    def response_backward(self, P_NAKK, S_NAKK):
-        """Through - P G of the layer that gives Zbar: dS, the first part of dG, dP * S in S."""
-        dP, G, dZbar = flat(self.dS_NAKK), flat(self.G_NAKF), flat(self.dZbar_NAKF)
-        dP.baddbmm_(dZbar, G.mT, beta=0, alpha=-1)
-        flat(self.dG_NAKF).baddbmm_(flat(P_NAKK).mT, dZbar, beta=0, alpha=-1)
-        S_NAKK *= self.dS_NAKK
-        self.dS_NAKK *= self.eta_NAKK
+        dZbar, GT = flat(self.dZbar_NAKF), flat(self.G_NAKF).mT
+        flat(self.dP_NAKK).baddbmm_(dZbar, GT, beta=0, alpha=-1)
 
     def inner_gradient_backward(self, m, norm):
         """From dG to dZ, with du = Pi(dG): as Pi is linear and Pi(u) = G,
@@ -169,9 +164,17 @@ class Group:
         dZ = project(self.scratch_AKF, norm).addcmul_(dG_hat, m.G_scaled)
         torch.addcmul(dZ, dG_G, m.hat_scaled, out=m.dZ)
 
+    def similarity_backward(self, dS_NAKK):
+        """Through S = q x^T: add dS^T q to dx and dS x to dq."""
+        K = self.shape[3]
+        self.dSS_NA2K2K[:, :, :K, K:] = dS_NAKK.mT
+        self.dSS_NA2K2K[:, :, K:, :K] = dS_NAKK
+        xq = flat(self.xq_NA2KE)[..., : self.shape[4]]
+        flat(self.dxq_NA2KF).baddbmm_(flat(self.dSS_NA2K2K), xq)
+
     def gradients(self, dPS_NAKK, Y_NAK):
-        """All gradients, when those of q and x are done but for the target's. lam and tau get
-        theirs from P (dP * S) and from the state's step (Y_j = <x_j dW', G_j>)."""
+        """All gradients, when those of q and x are done but for the residual's and the target's.
+        lam and tau get theirs from P (dP * S) and from the state's step (Y_j = <x_j dW', G_j>)."""
         gamma, tau_K, lam_NAK, K = self.gamma_A1F, self.tau_K, self.lam_NAK, self.shape[3]
         dPS_NAKK.tril_()
         dlam = (tau_K[:K] @ dPS_NAKK).addcmul_(Y_NAK, self.tau_step, value=-1)
@@ -186,5 +189,6 @@ class Group:
         du *= gamma
         dbeta = self.dbeta_AF + du.sum((0, 2))
         self.dx_NAKF += du
+        self.dq_NAKF += self.d_output_NAKF
         tokens = map(self.by_head, (self.dq_NAKF, self.dx_NAKF, du.neg_(), dlam))
         return *tokens, dtau, *(x.unflatten(0, self.shape[1:3]).sum(0) for x in (dgamma, dbeta))

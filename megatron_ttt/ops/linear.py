@@ -1,6 +1,7 @@
 """TTT-Linear over a group of mini-batches, forward and backward (arXiv 2407.04620, section 2).
 
-The loops hold the chain of the state, and in the backward the chain of its gradient.
+The loops hold the chain of the state, and in the backward the chain of its gradient; the states
+themselves the backward finds by taking the steps back from the state after the group.
 """
 
 import torch
@@ -25,25 +26,24 @@ class LinearGroup(Group):
         super().__init__(shape, W_AEF, for_backward=d_state is not None)
         N, A, K, E = self.x_NAKE.shape
         F, new = shape[-1], W_AEF.new_empty
-        self.W_NAEF = new(N, A, E, F)
-        self.state = (self.W_NAEF[0],)
-        self.start(W_AEF)
+        self.W_NAEF, self.after_AEF = new(N, A, E, F), new(A, E, F)
+        self.state = (self.after_AEF,)
         self.mini_batches = each(
             x=self.x_NAKE,
             stepT=self.step_NAKE.mT,
             u=self.u_NAKF,
-            Z=self.Z_NAKF,
             G=self.G_NAKF,
             W=self.W_NAEF,
-            W_next=[*self.W_NAEF[1:], None],
+            W_next=[*self.W_NAEF[1:], self.after_AEF],
         )
         if d_state is not None:
             (self.dW_AEF,) = d_state
             self.dW_NAEF = new(N, A, E, F)
             self.GdW_NAKE = new(N, A, K, E)
+            self.dZZ_NA2KF = self.dZs_NA3KF[:, :, : 2 * K]  # without G
             self.backward_mini_batches = each(
                 step=self.step_NAKE,
-                qxT=self.qx_NA2KE.mT,
+                xqT=self.xq_NA2KE.mT,
                 dG=self.dG_NAKF,
                 dZZ=self.dZZ_NA2KF,
                 dW=[self.dW_AEF, *self.dW_NAEF[:-1]],
@@ -51,30 +51,35 @@ class LinearGroup(Group):
             )
 
     def start(self, W_AEF):
-        self.W_NAEF[0] = W_AEF
+        self.after_AEF.copy_(W_AEF)
 
     def forward(self):
+        Z_NAKF, Zbar_NAKF = self.new((2, *self.G_NAKF.shape))
+        self.W_NAEF[0] = self.after_AEF
         gradients = []
-        for m in self.mini_batches:
-            torch.bmm(m.x, m.W, out=m.Z)
-            G = self.inner_gradient(m.Z, m.u)
+        for m, Z in zip(self.mini_batches, Z_NAKF):
+            torch.bmm(m.x, m.W, out=Z)
+            G = self.inner_gradient(Z, m.u)
             gradients.append(G)
-            if m.W_next is not None:
-                torch.baddbmm(m.W, m.stepT, G, out=m.W_next)
+            torch.baddbmm(m.W, m.stepT, G, out=m.W_next)
         torch.stack(gradients, out=self.G_NAKF)
-        Zbar = flat(self.Zbar_NAKF)
-        torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=Zbar)
+        Zbar = torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=flat(Zbar_NAKF))
         Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
-        torch.baddbmm(m.W, m.stepT, G, out=self.W_NAEF[0])
-        return self.output()
+        self.kept = self.after_AEF.clone(), Z_NAKF, Zbar_NAKF
+        return self.output(Zbar_NAKF)
+
+    def restore(self, after_AEF, Z_NAKF, Zbar_NAKF):
+        self.start(after_AEF)
+        self.Z_NAKF, self.Zbar_NAKF = Z_NAKF, Zbar_NAKF
 
     def backward(self, d_output):
         F = self.shape[-1]
-        self.inner_gradients()
-        for m in self.mini_batches[:-1]:
-            torch.baddbmm(m.W, m.stepT, m.G, out=m.W_next)
-        self.output_backward(d_output)
-        self.response_backward(self.P_NAKK, self.S_NAKK)
+        self.inner_gradients(self.Z_NAKF)
+        for m in reversed(self.mini_batches):
+            torch.baddbmm(m.W_next, m.stepT, m.G, alpha=-1, out=m.W)
+        self.output_backward(d_output, self.Zbar_NAKF)
+        PT, dZbar = flat(self.P_NAKK).mT, flat(self.dZbar_NAKF)
+        flat(self.dG_NAKF).baddbmm_(PT, dZbar, beta=0, alpha=-1)
         self.dW_NAEF[-1] = self.dW_AEF
         for m, g, norm in zip(
             reversed(self.backward_mini_batches),
@@ -83,13 +88,12 @@ class LinearGroup(Group):
         ):
             m.dG.baddbmm_(m.step, m.dW_next)
             self.inner_gradient_backward(g, norm)
-            torch.baddbmm(m.dW_next, m.qxT, m.dZZ, out=m.dW)
+            torch.baddbmm(m.dW_next, m.xqT, m.dZZ, out=m.dW)
 
-        WT, dS = flat(self.W_NAEF[:, :, :F]).mT, flat(self.dS_NAKK)
-        dq, dx = flat(self.dq_NAKF), flat(self.dx_NAKF)
-        dq.baddbmm_(flat(self.dZbar_NAKF), WT).baddbmm_(dS, flat(self.x_NAKF))
-        torch.bmm(flat(self.dZ_NAKF), WT, out=dx).baddbmm_(dS.mT, flat(self.q_NAKF))
-        GdW = self.GdW_NAKE
+        WT_NAFF, GdW = self.W_NAEF[:, :, :F].mT, self.GdW_NAKE
+        torch.bmm(flat(self.dZZ_NA2KF), flat(WT_NAFF), out=flat(self.dxq_NA2KF))
         torch.bmm(flat(self.G_NAKF), flat(self.dW_NAEF).mT, out=flat(GdW))
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW[..., :F])
-        return self.gradients(self.S_NAKK, GdW.mul_(self.x_NAKE).sum(-1))
+        dPS = self.S_NAKK.mul_(self.dP_NAKK)
+        self.similarity_backward(self.dP_NAKK.mul_(self.eta_NAKK))
+        return self.gradients(dPS, GdW.mul_(self.x_NAKE).sum(-1))

@@ -1,9 +1,9 @@
 """The fast TTT scan in plain PyTorch: its own backward, linear in sequence length.
 
 The sequence is cut into groups of mini-batches, which `linear.py` and `mlp.py` take through the
-inner model. The forward keeps the state before each group and, of each token, Z and Zbar, the
-inner model's outputs for key and query. The backward finds everything else again, one group at a
-time from the last to the first.
+inner model. The forward keeps of each group the state after it and, of each token, Z and Zbar, the
+inner model's outputs for key and query (TTT-MLP: also the hidden layers). The backward finds
+everything else again, one group at a time from the last to the first.
 
 Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches of a group, A pairs
 of batch and head.
@@ -32,39 +32,42 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lam, tau, gamma, beta, *state):
         dtype = state[0].dtype
-        output, Z, Zbar = torch.empty_like(q), *(torch.empty_like(q, dtype=dtype) for _ in "ab")
+        output = torch.empty_like(q)
         final_state = [W.new_empty(W.shape) for W in state]
-        checkpoints = []
+        kept = []
         for block in blocks_of_heads(q):
-            checkpoints += forward_block(
-                [x[block] for x in (q, k, v, lam, output, Z, Zbar)],
+            kept += forward_block(
+                [x[block] for x in (q, k, v, lam, output)],
                 shared_by_tokens(tau, gamma, beta, block, q, dtype),
                 [W[block] for W in state],
                 [W[block] for W in final_state],
             )
+        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *(x for group in kept for x in group))
         ctx.state_shapes = [W.shape for W in state]
-        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, Z, Zbar, *checkpoints)
+        ctx.dtype, ctx.kept_each = dtype, len(kept[0])
         ctx.set_materialize_grads(False)
         return output, *final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, *d_final_state):
-        q, k, v, lam, tau, gamma, beta, Z, Zbar, *checkpoints = ctx.saved_tensors
-        dtype = Z.dtype
+        q, k, v, lam, tau, gamma, beta, *kept = ctx.saved_tensors
+        kept = [kept[i : i + ctx.kept_each] for i in range(0, len(kept), ctx.kept_each)]
         d_output = torch.zeros_like(q) if d_output is None else d_output
+        dtype = ctx.dtype
         d_state = [
-            Z.new_zeros(shape) if d is None else d.clone()
+            q.new_zeros(shape, dtype=dtype) if d is None else d.clone()
             for d, shape in zip(d_final_state, ctx.state_shapes)
         ]
         dq, dk, dv, dlam = (torch.empty_like(x) for x in (q, k, v, lam))
         dtau, dgamma, dbeta = (torch.zeros_like(x, dtype=dtype) for x in (tau, gamma, beta))
-        checkpoints = iter(checkpoints)
-        for block in blocks_of_heads(q):
+        blocks = blocks_of_heads(q)
+        groups = len(kept) // len(blocks)
+        for i, block in enumerate(blocks):
             sums = backward_block(
-                [x[block] for x in (q, k, v, lam, Z, Zbar, d_output, dq, dk, dv, dlam)],
+                [x[block] for x in (q, k, v, lam, d_output, dq, dk, dv, dlam)],
                 shared_by_tokens(tau, gamma, beta, block, q, dtype),
-                [next(checkpoints) for _ in range(len(d_state) // 2)],
+                kept[i * groups : (i + 1) * groups],
                 [d[block] for d in d_state],
             )
             for d, s in zip((dtau, dgamma[block[1]], dbeta[block[1]]), sums):
@@ -74,28 +77,25 @@ class Scan(torch.autograd.Function):
 
 
 def forward_block(tokens, shared, state, final_state):
-    """Fill output, Z, Zbar (the last of `tokens`) and `final_state`; return the checkpoints."""
+    """Fill output (the last of `tokens`) and `final_state`; return what each group keeps."""
     Group = GROUP[len(state)]
-    groups = cut(tokens, len(shared[0]), Group.SIZE)
     carried = Group.pack(*state)
-    checkpoints = [W.new_empty(len(groups), *W.shape) for W in carried]
+    kept = []
     group = None
-    for g, (q, k, v, lam, output, Z, Zbar) in enumerate(groups):
-        for checkpoint, W in zip(checkpoints, carried):
-            checkpoint[g] = W
+    for q, k, v, lam, output in cut(tokens, len(shared[0]), Group.SIZE):
         if group is None or group.shape != q.shape:
             group = Group(q.shape, carried)
+            group.start(*carried)
         group.load(q, k, v, lam, *shared)
         output.copy_(group.forward())
-        Z.copy_(group.by_head(group.Z_NAKF))
-        Zbar.copy_(group.by_head(group.Zbar_NAKF))
+        kept.append(group.kept)
         carried = group.state
     for W, after in zip(final_state, Group.unpack(*carried)):
         W.copy_(after.unflatten(0, W.shape[:2]))
-    return checkpoints
+    return kept
 
 
-def backward_block(tokens, shared, checkpoints, d_state):
+def backward_block(tokens, shared, kept, d_state):
     """Fill the tokens' gradients (the last of `tokens`) and take `d_state` from the final to the
     initial state's; return the gradients of tau, gamma and beta."""
     Group = GROUP[len(d_state)]
@@ -103,13 +103,11 @@ def backward_block(tokens, shared, checkpoints, d_state):
     d_carried = Group.pack(*d_state)
     sums = [0, 0, 0]
     group = None
-    for g in reversed(range(len(groups))):
-        q, k, v, lam, Z, Zbar, d_output, *d_tokens = groups[g]
-        before = [checkpoint[g] for checkpoint in checkpoints]
+    for (q, k, v, lam, d_output, *d_tokens), kept_of_group in zip(reversed(groups), reversed(kept)):
         if group is None or group.shape != q.shape:
-            group = Group(q.shape, before, d_carried)
+            group = Group(q.shape, kept_of_group[: len(d_carried)], d_carried)
         group.load(q, k, v, lam, *shared)
-        group.restore(before, Z, Zbar)
+        group.restore(*kept_of_group)
         *gradients, dtau, dgamma, dbeta = group.backward(d_output)
         for d, gradient in zip(d_tokens, gradients):
             d.copy_(gradient)
