@@ -24,7 +24,8 @@ class Gelu:
     """For one c; `like` gives dtype and device of the constants."""
 
     def __init__(self, c: float, like: Tensor):
-        self.one, self.c2, self.minus_c4 = (like.new_tensor(x) for x in (1.0, 2 * c, -4 * c))
+        constants = 1.0, 4.0, 2 * c, -4 * c
+        self.one, self.four, self.c2, self.minus_c4 = map(like.new_tensor, constants)
         self.cubic = 2 * c * CUBIC
 
     def gate(self, x: Tensor, out: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Gelu:
     def second_derivative(self, x: Tensor, gate: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         """g (1 - g) (p (4 + (1 - 2g) x p) - 4c)."""
         p = torch.addcmul(self.c2, x, x, value=3 * self.cubic, out=scratch)
-        torch.mul(x, p, out=out)
-        out.addcmul_(out, gate, value=-2).add_(4)
-        torch.addcmul(self.minus_c4, p, out, out=out)
+        torch.addcmul(x, x, gate, value=-2, out=out)
+        torch.addcmul(self.four, out, p, out=out)
+        torch.addcmul(self.minus_c4, out, p, out=out)
         return _times_gate_slope(out, gate, grad_input=out)

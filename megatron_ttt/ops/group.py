@@ -50,9 +50,12 @@ class Group:
 
     - pack, unpack: between the state as its users know it and as the loops do,
     - state: tensors stepped by `forward`, and `start`, which sets them,
-    - forward(): the outputs; leaves in `kept` what `restore` gives a group before its backward,
-    - backward(d_output): the gradients of q, k, v, lam [N, B, H, K, ...], tau, gamma and beta;
-      takes the state's gradient, given on construction, from after the group to before it.
+    - forward(output): fills it; leaves in `kept` what `restore` gives a group before its backward,
+    - backward(d_output, d_tokens): fills the gradients of q, k, v and lam, returns those of tau,
+      gamma and beta; takes the state's gradient, given on construction, from after the group to
+      before it.
+
+    Tokens from outside are views [N, B, H, K, ...] of any float dtype.
     """
 
     def __init__(self, shape: torch.Size, like: Tensor, for_backward: bool):
@@ -65,7 +68,7 @@ class Group:
         self.x_NAKE, self.q_NAKE = self.xq_NA2KE.split(K, 2)
         self.x_NAKF, self.q_NAKF = self.x_NAKE[..., :F], self.q_NAKE[..., :F]
         self.rate_NAK1, self.step_NAKE = new(N, A, K, 1), new(N, A, K, E)
-        self.offset_NAKF, self.u_NAKF = new(2, N, A, K, F)
+        self.residual_NAKF, self.u_NAKF = new(2, N, A, K, F)
         self.eta_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
         if not for_backward:
             self.G_NAKF = new(N, A, K, F)
@@ -74,20 +77,21 @@ class Group:
         self.dZ_NAKF, self.dZbar_NAKF, self.G_NAKF = self.dZs_NA3KF.split(K, 2)
         self.dxq_NA2KF = new(N, A, 2 * K, F)
         self.dx_NAKF, self.dq_NAKF = self.dxq_NA2KF.split(K, 2)
-        self.d_output_NAKF, self.dG_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
+        self.dG_NAKF, self.du_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
         self.dP_NAKK = new(N, A, K, K)
         self.dSS_NA2K2K = like.new_zeros(N, A, 2 * K, 2 * K)
-        self.hG_NA2KF, self.Gh_NA2KF = new(2, N, A, 2, K, F)  # Z_hat and G, G and Z_hat
-        self.h_NAK1 = new(N, A, K, 1)
+        self.hG_NA2KF = new(N, A, 2, K, F)  # Z_hat and G
+        self.h_NAK1, self.scale_NA1K1 = new(N, A, K, 1), new(N, A, 1, K, 1)
         self.scratch_AKF, self.scratch_A2KF = new(A, K, F), new(A, 2, K, F)
         self.dots_A2K1 = new(A, 2, K, 1)
         self.gradient_views = each(
             dG=self.dG_NAKF,
             dG_A1KF=self.dG_NAKF.unsqueeze(2),
             h=self.h_NAK1,
+            scale=self.scale_NA1K1,
             hG=self.hG_NA2KF,
-            G_scaled=self.Gh_NA2KF[:, :, 0],
-            hat_scaled=self.Gh_NA2KF[:, :, 1],
+            hat=self.hG_NA2KF[:, :, 0],
+            G=self.hG_NA2KF[:, :, 1],
             dZ=self.dZ_NAKF,
         )
 
@@ -95,8 +99,12 @@ class Group:
         """[N, A, ...] as [N, B, H, ...]."""
         return x_NA.unflatten(1, self.shape[1:3])
 
+    def of_heads(self, x_A: Tensor) -> Tensor:
+        """[A, ...] as [B, H, ...]."""
+        return x_A.unflatten(0, self.shape[1:3])
+
     def load(self, q, k, v, lam, tau_K, gamma_A1F, beta_A1F):
-        """Take q, k, v, lam as [N, B, H, K, ...] in any float dtype; do what needs no state."""
+        """Take a stretch of tokens; do what needs no state."""
         K = self.shape[3]
         # The step the state takes is W' = W + step^T G. After a ragged mini-batch it takes none.
         self.tau_step = tau_K[-1] * (len(tau_K) == K)
@@ -105,9 +113,9 @@ class Group:
         self.lam_NAK = lam.to(tau_K.dtype).flatten(1, 2)
         self.by_head(self.q_NAKF).copy_(q)
         self.by_head(self.x_NAKF).copy_(k)
-        self.by_head(self.offset_NAKF).copy_(v)
-        torch.sub(self.x_NAKF, self.offset_NAKF, out=self.offset_NAKF).add_(beta_A1F)
-        torch.mul(gamma_A1F, self.offset_NAKF, out=self.u_NAKF)
+        torch.sub(self.by_head(self.x_NAKF), v, out=self.by_head(self.residual_NAKF))
+        gamma_beta_A1F = gamma_A1F * beta_A1F
+        torch.addcmul(gamma_beta_A1F, gamma_A1F, self.residual_NAKF, out=self.u_NAKF)
         torch.mul(self.lam_NAK.unsqueeze(-1), -self.tau_step, out=self.rate_NAK1)
         torch.mul(self.x_NAKE, self.rate_NAK1, out=self.step_NAKE)
         torch.mul(tau_K[:K, None], self.lam_NAK.unsqueeze(-2), out=self.eta_NAKK).tril_()
@@ -119,34 +127,32 @@ class Group:
         norm = normalise(Z)
         return project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
 
-    def output(self, Zbar_NAKF):
-        """q + gamma LN(Zbar) + beta, by head."""
-        out = torch.add(self.q_NAKF, self.beta_A1F)
-        return self.by_head(out.addcmul_(self.gamma_A1F, normalise(Zbar_NAKF).hat))
+    def write_output(self, Zbar_NAKF, output):
+        """q + gamma LN(Zbar) + beta."""
+        hat_NAKF = normalise(Zbar_NAKF).hat
+        torch.addcmul(self.q_NAKF, self.gamma_A1F, hat_NAKF, out=hat_NAKF)
+        torch.add(self.by_head(hat_NAKF), self.of_heads(self.beta_A1F), out=output)
 
     def inner_gradients(self, Z_NAKF):
         """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
         norm, scratch = normalise(Z_NAKF), self.scratch_NAKF
         u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
         G = self.G_NAKF.copy_(project(u, norm))
-        scale = norm.rstd * (-1 / self.shape[-1])
+        torch.stack((norm.hat, G), 2, out=self.hG_NA2KF)
+        scale = torch.mul(norm.rstd, -1 / self.shape[-1], out=self.scale_NA1K1[:, :, 0])
         torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
         self.h_NAK1 *= scale
-        torch.stack((norm.hat, G), 2, out=self.hG_NA2KF)
-        torch.mul(G, scale, out=self.Gh_NA2KF[:, :, 0])
-        torch.mul(norm.hat, scale, out=self.Gh_NA2KF[:, :, 1])
         self.norms = [Normalised(*rows) for rows in zip(*norm)]
         self.dus = []
 
     def output_backward(self, d_output, Zbar_NAKF):
         """From d_output [N, B, H, K, F] to dZbar, and to dP of the layer that gave Zbar - P G."""
-        d_output_NAKF, scratch = self.d_output_NAKF, self.scratch_NAKF
+        d_output_NAKF = self.scratch_NAKF
         self.by_head(d_output_NAKF).copy_(d_output)
         norm = normalise(Zbar_NAKF)
-        torch.mul(self.gamma_A1F, d_output_NAKF, out=scratch)
-        self.dZbar_NAKF.copy_(project(scratch, norm))
-        self.dgamma_AF = norm.hat.mul_(d_output_NAKF).sum((0, 2))
         self.dbeta_AF = d_output_NAKF.sum((0, 2))
+        self.dZbar_NAKF.copy_(project(torch.mul(self.gamma_A1F, d_output_NAKF), norm))
+        self.dgamma_AF = norm.hat.mul_(d_output_NAKF).sum((0, 2))
         dZbar, GT = flat(self.dZbar_NAKF), flat(self.G_NAKF).mT
         flat(self.dP_NAKK).baddbmm_(dZbar, GT, beta=0, alpha=-1)
 
@@ -159,10 +165,10 @@ class Group:
         self.dus.append(du)
         torch.mul(m.dG_A1KF, m.hG, out=self.scratch_A2KF)
         dots = torch.sum(self.scratch_A2KF, -1, keepdim=True, out=self.dots_A2K1)
-        dG_hat, dG_G = dots.unbind(1)
+        dG_hat, dG_G = dots.mul_(m.scale).unbind(1)
         torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
-        dZ = project(self.scratch_AKF, norm).addcmul_(dG_hat, m.G_scaled)
-        torch.addcmul(dZ, dG_G, m.hat_scaled, out=m.dZ)
+        dZ = project(self.scratch_AKF, norm).addcmul_(dG_hat, m.G)
+        torch.addcmul(dZ, dG_G, m.hat, out=m.dZ)
 
     def similarity_backward(self, dS_NAKK):
         """Through S = q x^T: add dS^T q to dx and dS x to dq."""
@@ -172,23 +178,29 @@ class Group:
         xq = flat(self.xq_NA2KE)[..., : self.shape[4]]
         flat(self.dxq_NA2KF).baddbmm_(flat(self.dSS_NA2K2K), xq)
 
-    def gradients(self, dPS_NAKK, Y_NAK):
-        """All gradients, when those of q and x are done but for the residual's and the target's.
-        lam and tau get theirs from P (dP * S) and from the state's step (Y_j = <x_j dW', G_j>)."""
+    def gradients(self, dPS_NAKK, Y_NAK, d_output, d_tokens):
+        """All gradients, when those of q and x are done but for the outer residual's and the inner
+        target's. lam and tau get theirs from P (dP * S) and from the state's step
+        (Y_j = <x_j dW', G_j>)."""
         gamma, tau_K, lam_NAK, K = self.gamma_A1F, self.tau_K, self.lam_NAK, self.shape[3]
         dPS_NAKK.tril_()
-        dlam = (tau_K[:K] @ dPS_NAKK).addcmul_(Y_NAK, self.tau_step, value=-1)
+        dlam_NAK = (tau_K[:K] @ dPS_NAKK).addcmul_(Y_NAK, self.tau_step, value=-1)
         dtau = torch.zeros_like(tau_K)
         dtau[:K] = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1, 3))
         if len(tau_K) == K:
             dtau[-1] -= (Y_NAK * lam_NAK).sum()
 
-        du = torch.stack(self.dus[::-1], out=self.scratch_NAKF)
-        self.offset_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
-        dgamma = self.dgamma_AF + self.offset_NAKF.mul_(du).sum((0, 2))
-        du *= gamma
-        dbeta = self.dbeta_AF + du.sum((0, 2))
-        self.dx_NAKF += du
-        self.dq_NAKF += self.d_output_NAKF
-        tokens = map(self.by_head, (self.dq_NAKF, self.dx_NAKF, du.neg_(), dlam))
-        return *tokens, dtau, *(x.unflatten(0, self.shape[1:3]).sum(0) for x in (dgamma, dbeta))
+        # u = gamma (gamma Z_hat + residual + beta), residual = x - v.
+        du_NAKF = torch.stack(self.dus[::-1], out=self.du_NAKF)
+        dq, dk, dv, dlam = d_tokens
+        torch.add(self.by_head(self.dq_NAKF), d_output, out=dq)
+        torch.addcmul(self.dx_NAKF, gamma, du_NAKF, out=self.dx_NAKF)
+        dk.copy_(self.by_head(self.dx_NAKF))
+        torch.mul(self.by_head(du_NAKF), self.of_heads(-gamma), out=dv)
+        dlam.copy_(self.by_head(dlam_NAK))
+        du_AF = du_NAKF.sum((0, 2))
+        weighted = self.residual_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
+        dgamma_AF = weighted.mul_(du_NAKF).sum((0, 2)).addcmul_(self.beta_A1F.squeeze(1), du_AF)
+        dgamma_AF += self.dgamma_AF
+        dbeta_AF = torch.addcmul(self.dbeta_AF, gamma.squeeze(1), du_AF)
+        return dtau, *(self.of_heads(x).sum(0) for x in (dgamma_AF, dbeta_AF))

@@ -53,7 +53,7 @@ class LinearGroup(Group):
     def start(self, W_AEF):
         self.after_AEF.copy_(W_AEF)
 
-    def forward(self):
+    def forward(self, output):
         Z_NAKF, Zbar_NAKF = self.new((2, *self.G_NAKF.shape))
         self.W_NAEF[0] = self.after_AEF
         gradients = []
@@ -66,13 +66,13 @@ class LinearGroup(Group):
         Zbar = torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=flat(Zbar_NAKF))
         Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
         self.kept = self.after_AEF.clone(), Z_NAKF, Zbar_NAKF
-        return self.output(Zbar_NAKF)
+        self.write_output(Zbar_NAKF, output)
 
     def restore(self, after_AEF, Z_NAKF, Zbar_NAKF):
         self.start(after_AEF)
         self.Z_NAKF, self.Zbar_NAKF = Z_NAKF, Zbar_NAKF
 
-    def backward(self, d_output):
+    def backward(self, d_output, d_tokens):
         F = self.shape[-1]
         self.inner_gradients(self.Z_NAKF)
         for m in reversed(self.mini_batches):
@@ -96,4 +96,4 @@ class LinearGroup(Group):
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW[..., :F])
         dPS = self.S_NAKK.mul_(self.dP_NAKK)
         self.similarity_backward(self.dP_NAKK.mul_(self.eta_NAKK))
-        return self.gradients(dPS, GdW.mul_(self.x_NAKE).sum(-1))
+        return self.gradients(dPS, GdW.mul_(self.x_NAKE).sum(-1), d_output, d_tokens)

@@ -70,16 +70,17 @@ class MLPGroup(Group):
         for W, given in zip(self.state, (W1_AEM, W2_AJF)):
             W.copy_(given)
 
-    def forward(self):
+    def forward(self, output):
         N, A, K, _ = self.x_NAKE.shape
         Z_NAKF, Zbar_NAKF = self.new((2, *self.G_NAKF.shape))
-        Z1s_NA2KM = self.new(N, A, 2 * K, self.M)
+        Z1s_NA2KM, S2_NAKK = self.new(N, A, 2 * K, self.M), self.new(N, A, K, K)
         kept = each(
             Z=Z_NAKF,
             Zbar=Zbar_NAKF,
             Z1s=Z1s_NA2KM,
             Z1=Z1s_NA2KM[:, :, :K],
             Z1bar=Z1s_NA2KM[:, :, K:],
+            S2=S2_NAKK,
         )
         exact, gate, H, W1, W2 = self.exact, self.gate, self.H, self.W1, self.W2
         X2T, X2bar = self.X2.mT, self.X2bar
@@ -92,12 +93,12 @@ class MLPGroup(Group):
             G1 = H.mul_(self.inner_derivative(z.Z1, gate, self.X2_M, out=self.dgelu))
             z.Z1bar.sub_(torch.bmm(m.P, G1, out=self.scratch))
             torch.mul(z.Z1bar, exact.gate(z.Z1bar, out=gate), out=self.X2bar_M)
-            torch.bmm(X2bar, X2T, out=self.P2).mul_(m.eta)
+            torch.mul(torch.bmm(X2bar, X2T, out=z.S2), m.eta, out=self.P2)
             torch.bmm(X2bar, W2, out=z.Zbar).baddbmm_(self.P2, G2, alpha=-1)
-            W1.baddbmm_(m.stepT, G1)
             W2.baddbmm_(X2T, torch.mul(G2, m.rate, out=self.step2))
-        self.kept = W1.clone(), W2.clone(), Z_NAKF, Zbar_NAKF, Z1s_NA2KM
-        return self.output(Zbar_NAKF)
+            W1.baddbmm_(m.stepT, G1)
+        self.kept = W1.clone(), W2.clone(), Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK
+        self.write_output(Zbar_NAKF, output)
 
     def inner_derivative(self, Z1, gate, X2, out):
         """gelu'(Z1) of the inner gradient; `gate` and `X2` are Z1's, and may be overwritten."""
@@ -113,10 +114,10 @@ class MLPGroup(Group):
         self.W1T, self.W2T = new(A, M, E), new(A, F, J)
         self.state = self.W1T.mT, self.W2T.mT
         self.X2s, self.X2s_M = self.hidden(3, J)  # X2, X2bar, dH
-        self.gates, self.dgelus, self.dX2barH, self.dZ1s = new(4, A, 2 * K, M)
-        self.d2gelu, self.dG1, self.dX2, self.scratch = new(4, A, K, M)
+        self.gates, self.dgelus = new(2, A, 2 * K, M)
+        self.d2gelu, self.dG1, self.dX2 = new(3, A, K, M)
         self.dgelu_inner = self.dgelus[:, :K] if self.inner is self.exact else new(A, K, M)
-        self.dP1_NAKK, self.dS2_NAKK, self.S2_NAKK, self.P2_NAKK = new(4, N, A, K, K)
+        self.dP1_NAKK, self.dS2_NAKK, self.P2_NAKK = new(3, N, A, K, K)
         self.GdW1_NAKE, self.Y2_NAKF, self.step2_NAKF = (
             new(N, A, K, E),
             new(N, A, K, F),
@@ -128,17 +129,12 @@ class MLPGroup(Group):
             step2=self.step2_NAKF,
             step2T=self.step2_NAKF.mT,
             rate=self.rate_NAK1,
-            eta=self.eta_NAKK,
             PT=self.P_NAKK.mT,
-            S2=self.S2_NAKK,
-            P2=self.P2_NAKK,
-            P2T=self.P2_NAKK.mT,
             dP1=self.dP1_NAKK,
             dS2=self.dS2_NAKK,
             dS2T=self.dS2_NAKK.mT,
             dG=self.dG_NAKF,
             dZ=self.dZ_NAKF,
-            dZbar=self.dZbar_NAKF,
             dZbarG=self.dZs_NA3KF[:, :, K:],
             dZs=self.dZs_NA3KF,
             dxq=self.dxq_NA2KF,
@@ -146,27 +142,32 @@ class MLPGroup(Group):
             Y2=self.Y2_NAKF,
         )
 
-    def restore(self, W1_AEM, W2_AJF, Z_NAKF, Zbar_NAKF, Z1s_NA2KM):
+    def restore(self, W1_AEM, W2_AJF, Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK):
         self.start(W1_AEM, W2_AJF)
-        self.Z_NAKF, self.Zbar_NAKF, self.Z1s_NA2KM = Z_NAKF, Zbar_NAKF, Z1s_NA2KM
+        self.Z_NAKF, self.Zbar_NAKF = Z_NAKF, Zbar_NAKF
+        self.Z1s_NA2KM, self.S2_NAKK = Z1s_NA2KM, S2_NAKK
 
-    def backward(self, d_output):
+    def backward(self, d_output, d_tokens):
         K, F = self.shape[3:]
         self.inner_gradients(self.Z_NAKF)
         self.output_backward(d_output, self.Zbar_NAKF)
         torch.mul(self.G_NAKF, self.rate_NAK1, out=self.step2_NAKF)
         torch.mul(self.dP_NAKK, self.eta_NAKK, out=self.dS2_NAKK)
+        P2T = flat(torch.mul(self.S2_NAKK, self.eta_NAKK, out=self.P2_NAKK)).mT
+        flat(self.dG_NAKF).baddbmm_(P2T, flat(self.dZbar_NAKF), beta=0, alpha=-1)
 
         M, W1T, W2T, dW1, dW2 = self.M, self.W1T, self.W2T, self.dW1, self.dW2
         W1T_F, W2T_M, W2 = W1T[:, :, :F], W2T[:, :, :M], W2T.mT
         dW1T, dW2T_M = dW1.mT, dW2[:, :M].mT
         X2, X2bar, dH = self.X2s.split(K, 1)
         X2_M, X2bar_M, dH_M = (x[..., :M] for x in (X2, X2bar, dH))
-        X2T, X2sT = X2.mT, self.X2s.mT
-        dgelu, dgelu_bar = self.dgelus.split(K, 1)
-        dX2bar, H = self.dX2barH.split(K, 1)
-        dZ1, dZ1bar = self.dZ1s.split(K, 1)
-        dG1, dX2, d2gelu, scratch = self.dG1, self.dX2, self.d2gelu, self.scratch
+        X2sT = self.X2s.mT
+        # For the cache's sake few buffers: once the gates have served they make way for dX2bar and
+        # H (which becomes G1), and the derivatives become dZ1 and dZ1bar.
+        dX2barH, dZ1s = self.gates, self.dgelus
+        dX2bar, H = dX2barH.split(K, 1)
+        dZ1, dZ1bar = dZ1s.split(K, 1)
+        dG1, dX2, d2gelu = self.dG1, self.dX2, self.d2gelu
         for m, g, norm, Z1s in zip(
             reversed(self.mini_batches),
             reversed(self.gradient_views),
@@ -175,35 +176,31 @@ class MLPGroup(Group):
         ):
             self.gelus(Z1s)
             W2T.baddbmm_(m.step2T, X2, alpha=-1)
-            torch.bmm(m.dZbarG, W2T_M, out=self.dX2barH)
+            torch.bmm(m.dZbarG, W2T_M, out=dX2barH)
             d2gelu.mul_(H)
             G1 = H.mul_(self.dgelu_inner)
-            W1T.baddbmm_(G1.mT, m.step, alpha=-1)
-
-            torch.mul(torch.bmm(X2bar, X2T, out=m.S2), m.eta, out=m.P2)
-            torch.bmm(m.dS2, X2_M, out=scratch).add_(dX2bar)
-            torch.mul(scratch, dgelu_bar, out=dZ1bar)
-            m.dG.baddbmm_(m.P2T, m.dZbar, beta=0, alpha=-1)
+            dZ1bar.mul_(torch.bmm(m.dS2, X2_M, out=dX2).add_(dX2bar))
             m.dP1.baddbmm_(dZ1bar, G1.mT, beta=0, alpha=-1)
             dG1.baddbmm_(m.PT, dZ1bar, beta=0, alpha=-1).baddbmm_(m.step, dW1)
             torch.bmm(G1, dW1T, out=m.GdW1)
+            torch.bmm(m.dS2T, X2bar_M, out=dX2).baddbmm_(m.step2, dW2T_M)
             torch.bmm(X2, dW2, out=m.Y2)
             torch.mul(dG1, self.dgelu_inner, out=dH_M)
             m.dG.addcmul_(m.rate, m.Y2).baddbmm_(dH, W2)
             self.inner_gradient_backward(g, norm)
-            torch.bmm(m.dS2T, X2bar_M, out=dX2)
-            dX2.baddbmm_(m.step2, dW2T_M).baddbmm_(m.dZ, W2T_M)
-            torch.mul(dG1, d2gelu, out=dZ1).addcmul_(dX2, dgelu)
+            dX2.baddbmm_(m.dZ, W2T_M)
+            dZ1.mul_(dX2).addcmul_(dG1, d2gelu)
             dW2.baddbmm_(X2sT, m.dZs)
-            dW1.baddbmm_(m.xqT, self.dZ1s)
-            torch.bmm(self.dZ1s, W1T_F, out=m.dxq)
+            dW1.baddbmm_(m.xqT, dZ1s)
+            W1T.baddbmm_(G1.mT, m.step, alpha=-1)
+            torch.bmm(dZ1s, W1T_F, out=m.dxq)
 
-        dPS = self.S2_NAKK.mul_(self.dP_NAKK).addcmul_(self.S_NAKK, self.dP1_NAKK)
+        dPS = self.dP_NAKK.mul_(self.S2_NAKK).addcmul_(self.S_NAKK, self.dP1_NAKK)
         self.similarity_backward(self.dP1_NAKK.mul_(self.eta_NAKK))
         GdW1 = self.GdW1_NAKE
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[..., :F])
         Y = GdW1.mul_(self.x_NAKE).sum(-1) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
-        return self.gradients(dPS, Y)
+        return self.gradients(dPS, Y, d_output, d_tokens)
 
     def gelus(self, Z1s):
         """X2 and X2bar, their derivatives, and of Z1 the inner gradient's two derivatives."""
@@ -214,4 +211,4 @@ class MLPGroup(Group):
         Z1, gate = Z1s[:, :K], gates[:, :K]
         if inner is not exact:
             self.inner_derivative(Z1, gate, X2s_M[:, :K], out=self.dgelu_inner)
-        inner.second_derivative(Z1, gate, self.scratch, out=self.d2gelu)
+        inner.second_derivative(Z1, gate, self.dG1, out=self.d2gelu)

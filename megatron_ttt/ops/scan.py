@@ -87,7 +87,7 @@ def forward_block(tokens, shared, state, final_state):
             group = Group(q.shape, carried)
             group.start(*carried)
         group.load(q, k, v, lam, *shared)
-        output.copy_(group.forward())
+        group.forward(output)
         kept.append(group.kept)
         carried = group.state
     for W, after in zip(final_state, Group.unpack(*carried)):
@@ -108,10 +108,7 @@ def backward_block(tokens, shared, kept, d_state):
             group = Group(q.shape, kept_of_group[: len(d_carried)], d_carried)
         group.load(q, k, v, lam, *shared)
         group.restore(*kept_of_group)
-        *gradients, dtau, dgamma, dbeta = group.backward(d_output)
-        for d, gradient in zip(d_tokens, gradients):
-            d.copy_(gradient)
-        sums = [s + d for s, d in zip(sums, (dtau, dgamma, dbeta))]
+        sums = [s + d for s, d in zip(sums, group.backward(d_output, d_tokens))]
     for d, before in zip(d_state, Group.unpack(*d_carried)):
         d.copy_(before.unflatten(0, d.shape[:2]))
     return sums
