@@ -3,7 +3,8 @@
 A group is a workspace. Its tensors are allocated once and used again for every stretch of the
 sequence with as many mini-batches, and so are the views that the loops over mini-batches run on:
 in eager mode a view costs as much as a small product. Only what the backward wants back of each
-stretch (`kept`) is allocated for it.
+stretch (`kept`) is allocated for it. All runs in inference mode: autograd's bookkeeping, of which
+nothing here has any use, would cost some percent of the time.
 
 The models share the loss. Z, a model's output for the keys, meets the target through LayerNorm,
 l = 1/2 ||gamma LN(Z) + offset||^2 with offset = beta - (v - x); Zbar, its output for the queries
@@ -94,6 +95,11 @@ class Group:
             G=self.hG_NA2KF[:, :, 1],
             dZ=self.dZ_NAKF,
         )
+
+    def keep(self, *shape: int) -> Tensor:
+        """A new tensor for `kept`: unlike the workspace it may be saved for the backward."""
+        with torch.inference_mode(False):
+            return self.new(shape)
 
     def by_head(self, x_NA: Tensor) -> Tensor:
         """[N, A, ...] as [N, B, H, ...]."""

@@ -54,7 +54,7 @@ class LinearGroup(Group):
         self.after_AEF.copy_(W_AEF)
 
     def forward(self, output):
-        Z_NAKF, Zbar_NAKF = self.new((2, *self.G_NAKF.shape))
+        Z_NAKF, Zbar_NAKF = self.keep(2, *self.G_NAKF.shape)
         self.W_NAEF[0] = self.after_AEF
         gradients = []
         for m, Z in zip(self.mini_batches, Z_NAKF):
@@ -65,7 +65,8 @@ class LinearGroup(Group):
         torch.stack(gradients, out=self.G_NAKF)
         Zbar = torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=flat(Zbar_NAKF))
         Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
-        self.kept = self.after_AEF.clone(), Z_NAKF, Zbar_NAKF
+        after_AEF = self.keep(*self.after_AEF.shape).copy_(self.after_AEF)
+        self.kept = after_AEF, Z_NAKF, Zbar_NAKF
         self.write_output(Zbar_NAKF, output)
 
     def restore(self, after_AEF, Z_NAKF, Zbar_NAKF):

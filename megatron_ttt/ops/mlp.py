@@ -17,7 +17,7 @@ from megatron_ttt.ops.group import Group, augment, each, flat
 
 
 class MLPGroup(Group):
-    SIZE = 8
+    SIZE = 16
 
     @staticmethod
     def pack(W1, b1, W2, b2):
@@ -72,8 +72,8 @@ class MLPGroup(Group):
 
     def forward(self, output):
         N, A, K, _ = self.x_NAKE.shape
-        Z_NAKF, Zbar_NAKF = self.new((2, *self.G_NAKF.shape))
-        Z1s_NA2KM, S2_NAKK = self.new(N, A, 2 * K, self.M), self.new(N, A, K, K)
+        Z_NAKF, Zbar_NAKF = self.keep(2, *self.G_NAKF.shape)
+        Z1s_NA2KM, S2_NAKK = self.keep(N, A, 2 * K, self.M), self.keep(N, A, K, K)
         kept = each(
             Z=Z_NAKF,
             Zbar=Zbar_NAKF,
@@ -97,7 +97,8 @@ class MLPGroup(Group):
             torch.bmm(X2bar, W2, out=z.Zbar).baddbmm_(self.P2, G2, alpha=-1)
             W2.baddbmm_(X2T, torch.mul(G2, m.rate, out=self.step2))
             W1.baddbmm_(m.stepT, G1)
-        self.kept = W1.clone(), W2.clone(), Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK
+        after = (self.keep(*W.shape).copy_(W) for W in self.state)
+        self.kept = *after, Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK
         self.write_output(Zbar_NAKF, output)
 
     def inner_derivative(self, Z1, gate, X2, out):

@@ -76,6 +76,7 @@ class Scan(torch.autograd.Function):
         return dq, dk, dv, dlam, *shared, *d_state
 
 
+@torch.inference_mode()
 def forward_block(tokens, shared, state, final_state):
     """Fill output (the last of `tokens`) and `final_state`; return what each group keeps."""
     Group = GROUP[len(state)]
@@ -95,6 +96,7 @@ def forward_block(tokens, shared, state, final_state):
     return kept
 
 
+@torch.inference_mode()
 def backward_block(tokens, shared, kept, d_state):
     """Fill the tokens' gradients (the last of `tokens`) and take `d_state` from the final to the
     initial state's; return the gradients of tau, gamma and beta."""
