@@ -17,8 +17,6 @@ CUBIC = 0.044715
 EXACT = sqrt(2 / pi)
 ROUNDED = 0.79788456
 
-_times_gate_slope = torch.ops.aten.sigmoid_backward.grad_input  # y g (1 - g)
-
 
 class Gelu:
     """For one c; `like` gives dtype and device of the constants."""
@@ -42,4 +40,4 @@ class Gelu:
         torch.addcmul(x, x, gate, value=-2, out=out)
         torch.addcmul(self.four, out, p, out=out)
         torch.addcmul(self.minus_c4, out, p, out=out)
-        return _times_gate_slope(out, gate, grad_input=out)
+        return out.mul_(torch.addcmul(gate, gate, gate, value=-1, out=scratch))

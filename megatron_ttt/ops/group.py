@@ -25,8 +25,8 @@ from megatron_ttt.ops.layernorm import Normalised, normalise, project
 
 
 def augmented(width: int) -> int:
-    """Room for `width` features, the 1 and the zeros."""
-    return 4 * (width // 4 + 1)
+    """Room for `width` features, the 1, and zeros up to a multiple of 8."""
+    return 8 * (width // 8 + 1)
 
 
 def augment(W: Tensor, b: Tensor) -> Tensor:
@@ -81,16 +81,20 @@ class Group:
         self.dG_NAKF, self.du_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
         self.dP_NAKK = new(N, A, K, K)
         self.dSS_NA2K2K = like.new_zeros(N, A, 2 * K, 2 * K)
-        self.hG_NA2KF = new(N, A, 2, K, F)  # Z_hat and G
-        self.h_NAK1, self.scale_NA1K1 = new(N, A, K, 1), new(N, A, 1, K, 1)
-        self.scratch_AKF, self.scratch_A2KF = new(A, K, F), new(A, 2, K, F)
-        self.dots_A2K1 = new(A, 2, K, 1)
+        self.hG1_NA3KF = like.new_ones(N, A, 3, K, F)  # Z_hat, G, 1
+        self.hG_NA2KF = self.hG1_NA3KF[:, :, :2]
+        self.h_NAK1, self.rstd_NAK1 = new(2, N, A, K, 1)
+        self.scale_NA1K1 = new(N, A, 1, K, 1)
+        self.scratch_AKF, self.scratch_A3KF = new(A, K, F), new(A, 3, K, F)
+        self.dots_A3K1 = new(A, 3, K, 1)
         self.gradient_views = each(
             dG=self.dG_NAKF,
             dG_A1KF=self.dG_NAKF.unsqueeze(2),
             h=self.h_NAK1,
+            hG1=self.hG1_NA3KF,
+            rstd=self.rstd_NAK1,
             scale=self.scale_NA1K1,
-            hG=self.hG_NA2KF,
+            du=self.du_NAKF,
             hat=self.hG_NA2KF[:, :, 0],
             G=self.hG_NA2KF[:, :, 1],
             dZ=self.dZ_NAKF,
@@ -145,11 +149,11 @@ class Group:
         u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
         G = self.G_NAKF.copy_(project(u, norm))
         torch.stack((norm.hat, G), 2, out=self.hG_NA2KF)
+        self.rstd_NAK1.copy_(norm.rstd)
         scale = torch.mul(norm.rstd, -1 / self.shape[-1], out=self.scale_NA1K1[:, :, 0])
         torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
         self.h_NAK1 *= scale
         self.norms = [Normalised(*rows) for rows in zip(*norm)]
-        self.dus = []
 
     def output_backward(self, d_output, Zbar_NAKF):
         """From d_output [N, B, H, K, F] to dZbar, and to dP of the layer that gave Zbar - P G."""
@@ -167,14 +171,13 @@ class Group:
 
         dZ = Pi(gamma^2 du - mean(u Z_hat)/s dG) - (mean(dG Z_hat) G + mean(dG G) Z_hat) / s.
         """
-        du = project(m.dG, norm)
-        self.dus.append(du)
-        torch.mul(m.dG_A1KF, m.hG, out=self.scratch_A2KF)
-        dots = torch.sum(self.scratch_A2KF, -1, keepdim=True, out=self.dots_A2K1)
-        dG_hat, dG_G = dots.mul_(m.scale).unbind(1)
+        torch.mul(m.dG_A1KF, m.hG1, out=self.scratch_A3KF)
+        sums = torch.sum(self.scratch_A3KF, -1, keepdim=True, out=self.dots_A3K1)
+        of_hat, of_G, of_1 = sums.mul_(m.scale).unbind(1)
+        du = torch.mul(m.dG, m.rstd, out=m.du).add_(of_1).addcmul_(of_hat, m.hat)
         torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
-        dZ = project(self.scratch_AKF, norm).addcmul_(dG_hat, m.G)
-        torch.addcmul(dZ, dG_G, m.hat, out=m.dZ)
+        dZ = project(self.scratch_AKF, norm).addcmul_(of_hat, m.G)
+        torch.addcmul(dZ, of_G, m.hat, out=m.dZ)
 
     def similarity_backward(self, dS_NAKK):
         """Through S = q x^T: add dS^T q to dx and dS x to dq."""
@@ -197,8 +200,7 @@ class Group:
             dtau[-1] -= (Y_NAK * lam_NAK).sum()
 
         # u = gamma (gamma Z_hat + residual + beta), residual = x - v.
-        du_NAKF = torch.stack(self.dus[::-1], out=self.du_NAKF)
-        dq, dk, dv, dlam = d_tokens
+        (dq, dk, dv, dlam), du_NAKF = d_tokens, self.du_NAKF
         torch.add(self.by_head(self.dq_NAKF), d_output, out=dq)
         torch.addcmul(self.dx_NAKF, gamma, du_NAKF, out=self.dx_NAKF)
         dk.copy_(self.by_head(self.dx_NAKF))

@@ -47,7 +47,7 @@ class MLPGroup(Group):
         return X_J, X_J[..., : self.M]
 
     def allocate_forward(self, W1_AEM, W2_AJF):
-        N, A, K, _ = self.x_NAKE.shape
+        _, A, K, _ = self.x_NAKE.shape
         self.M, J = W1_AEM.shape[2], W2_AJF.shape[1]
         self.W1, self.W2 = self.state = torch.empty_like(W1_AEM), torch.empty_like(W2_AJF)
         self.W2T_M = self.W2[:, : self.M].mT
