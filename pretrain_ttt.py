@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
-from megatron_ttt.config import load_config, to_yaml
+from megatron_ttt.config import check_layout, load_config, to_yaml
 from megatron_ttt.errors import run_command
 
 
@@ -48,6 +49,8 @@ def main() -> None:
         print(json.dumps(plan))
         return
 
+    # Before the slow imports: a layout that cannot be is refused at once.
+    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
     from megatron_ttt.training.trainer import Trainer, start

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+RANK_0_FIRST_SECONDS = 10
 
 
 class UserError(Exception):
@@ -14,11 +16,15 @@ class UserError(Exception):
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; a `UserError` becomes one line and exit code 2.
 
-    Under torchrun every rank meets the same mistake, and only rank 0 prints it.
+    Under torchrun all ranks usually meet the same mistake. Rank 0 says it and leaves, whereupon
+    torchrun ends the others; a rank that is still there later is alone with its mistake.
     """
     try:
         return main() or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_FIRST_SECONDS)
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

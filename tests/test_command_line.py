@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,16 +122,15 @@ def test_evaluation_repeats_the_validation_loss(whole_run):
     assert no_inner != loss
 
 
-def refusal(command, cwd=None) -> str:
-    """The one line on stderr with which a command refuses."""
-    import subprocess
-
+def refusal(command) -> str:
+    """The one line, all there is on stderr, with which a command refuses."""
+    user = {key: value for key, value in environment().items() if key != "PYTHONWARNINGS"}
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [str(part) for part in command], cwd=ROOT, env=user, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 
 
@@ -154,6 +154,26 @@ def test_refuses_what_cannot_be_trained(data, whole_run, tmp_path):
         line = refusal([*PRETRAIN, *options(data, run_dir), override])
         assert named in line, (override, line)
         assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_rank_that_is_alone_with_a_mistake_says_so():
+    command = """
+from megatron_ttt import errors
+
+def main():
+    raise errors.UserError("no")
+
+errors.RANK_0_FIRST_SECONDS = 0.1
+raise SystemExit(errors.run_command(main))
+"""
+    for rank, said in (("0", "error: no"), ("3", "error (rank 3): no")):
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            env={**environment(), "RANK": rank},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr.strip()) == (2, said)
 
 
 def test_refuses_a_checkpoint_of_another_architecture(data, whole_run, tmp_path):
