@@ -15,6 +15,7 @@ import os
 
 from megatron_ttt.config import check_layout, load_config, to_yaml
 from megatron_ttt.errors import run_command
+from megatron_ttt.training.stopping import EXIT_STOPPED, StopRequests
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,31 +35,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def main() -> None:
-    """Read the arguments and do what they say."""
+def main() -> int:
+    """Read the arguments and do what they say; the exit code (docs/checkpoints.md)."""
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(to_yaml(config), end="")
-        return
+        return 0
     if arguments.dry_run:
         from megatron_ttt.planning import describe, dry_run
 
         plan = dry_run(config, arguments.world_size)
         print(describe(config, plan))
         print(json.dumps(plan))
-        return
+        return 0
 
-    # Before the slow imports: a layout that cannot be is refused at once.
+    # Before the slow imports: a layout that cannot be is refused at once, a signal is heeded.
+    stop = StopRequests()
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
     from megatron_ttt.training.trainer import Trainer, start
 
     platform = start(config)
-    Trainer(config, platform).train()
+    stopped = Trainer(config, platform, stop).train()
     dist.barrier()
     dist.destroy_process_group()
+    return EXIT_STOPPED if stopped else 0
 
 
 if __name__ == "__main__":

@@ -146,6 +146,12 @@ class TrainingConfig:
     """Steps between validations; null: only at the end."""
     eval_batches: int = 8
     """Global batches of one validation."""
+    exit_after_minutes: float | None = None
+    """Save and stop after this time, counted from the start of the command; null: never."""
+    max_bad_steps: int = 10
+    """Steps whose loss or gradients are not finite are skipped; stop after so many in a row."""
+    check_replicas_every: int = 100
+    """Steps between comparisons of the weights' copies on different ranks; 0: none."""
     deterministic: bool = False
     """CUDA: repeat results bit for bit, slower. The CPU always does."""
 
@@ -181,10 +187,11 @@ class CheckpointConfig:
     milestone_every: int = 2000
     """Steps between `milestone-STEP/`, which are never removed; 0: none."""
     keep: int = 5
-    """Newest checkpoints kept (milestones aside); 0: all."""
+    """Newest checkpoints kept, beside milestones and the best by validation loss; 0: all."""
     load: str = "auto"
-    """auto: go on from the newest checkpoint in run.dir; none: start anew. A checkpoint folder:
-    start from it, unless run.dir has a checkpoint already; one of run.dir's own: go back to it."""
+    """auto: go on from the newest checkpoint in run.dir that is undamaged; none: start anew. A
+    checkpoint folder: start from it, unless run.dir has a checkpoint already; one of run.dir's own:
+    go back to it."""
 
 
 @dataclass
@@ -333,6 +340,8 @@ def validate(config: Config) -> None:
         _at_least(f"parallel.{name}", getattr(parallel, name), 1)
     for name in ("save_every", "milestone_every", "keep"):
         _at_least(f"checkpoint.{name}", getattr(config.checkpoint, name), 0)
+    _at_least("training.check_replicas_every", training.check_replicas_every, 0)
+    _at_least("training.max_bad_steps", training.max_bad_steps, 1)
     if not 0 <= config.optimizer.warmup_fraction <= 1:
         raise UserError(
             f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} is no share: set 0 to 1"

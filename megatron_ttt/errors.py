@@ -5,16 +5,23 @@ import sys
 import time
 from collections.abc import Callable
 
-EXIT_USER_ERROR = 2
 RANK_0_FIRST_SECONDS = 10
 
 
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
+    exit_code = 2
+
+
+class TrainingError(UserError):
+    """A run that cannot go on, by no fault of its command line."""
+
+    exit_code = 3
+
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; a `UserError` becomes one line and exit code 2.
+    """Run a command's `main`; a `UserError` becomes one line and its exit code.
 
     Under torchrun all ranks usually meet the same mistake. Rank 0 says it and leaves, whereupon
     torchrun ends the others; a rank that is still there later is alone with its mistake.
@@ -27,4 +34,4 @@ def run_command(main: Callable[[], int | None]) -> int:
             time.sleep(RANK_0_FIRST_SECONDS)
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.exit_code

@@ -6,6 +6,7 @@ Random states belong to a rank, and come back only where the layout is the one t
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -18,7 +19,8 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
-from megatron_ttt.checkpoint.store import Checkpoint, publish, temporary_path
+from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
+from megatron_ttt.checkpoint.store import STATE_FILE, Checkpoint, publish, temporary_path
 from megatron_ttt.config import Config
 from megatron_ttt.model import EMBEDDING
 
@@ -51,10 +53,23 @@ def save_checkpoint(path: Path, chunks: list[nn.Module], optimizer, state: dict[
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
         tree["rng"] = _rng_object()
     dist_checkpointing.save(tree, str(temporary))
-    dist.barrier()
     if dist.get_rank() == 0:
-        publish(path, {"has_optimizer": optimizer is not None, **state})
+        text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
+        write_durably(temporary / STATE_FILE, text)
     dist.barrier()
+    described = _describe_together(temporary)
+    if dist.get_rank() == 0:
+        publish(path, described)
+    dist.barrier()
+
+
+def _describe_together(folder: Path) -> dict[str, dict[str, int | str]]:
+    """`manifest.describe` of every file of a folder, which all ranks see; each does its share."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = {name: describe(folder / name) for name in folder_files(folder)[rank::ranks]}
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, own)
+    return {name: seen for one in everyone for name, seen in one.items()}
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:

@@ -1,8 +1,10 @@
 """The run folder: `checkpoint-STEP/` and `milestone-STEP/`, what is in them, which is the newest.
 
-A checkpoint folder holds megatron-core's distributed checkpoint and `state.json`: the step, the
-architecture, the layout it was written at, the whole configuration. It is written under a temporary
-name and renamed when complete, so a folder of that name is a whole checkpoint.
+A checkpoint folder holds megatron-core's distributed checkpoint, `state.json` (the step, the
+architecture, the layout it was written at, the whole configuration, the validation loss) and
+`manifest.json` (sizes and checksums). It is written under a temporary name and renamed when all of
+it is on the disk, so a folder of that name was a whole checkpoint; its manifest tells whether it
+still is. `latest` names the newest, for people and scripts; the trainer looks for itself.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_ttt.checkpoint.manifest import (
+    find_damage,
+    fsync_directory,
+    write_durably,
+    write_manifest,
+)
 from megatron_ttt.errors import UserError
 
 STATE_FILE = "state.json"
+LATEST_FILE = "latest"
 _NAME = re.compile(r"(checkpoint|milestone)-(\d+)$")
 
 ARCHITECTURE = (
@@ -76,17 +86,43 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path / STATE_FILE} is damaged: use another checkpoint") from None
 
 
-def find_newest(run_dir: str | Path) -> Checkpoint | None:
-    """The checkpoint or milestone of the highest step in a run folder; None if there is none."""
-    found = [(step, path) for kind, step, path in _listing(Path(run_dir))]
-    return open_checkpoint(max(found)[1]) if found else None
+def find_newest(run_dir: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint or milestone of a run folder that is still what was written.
+
+    Those that are not are skipped, and `say` is told which and why. None if there is none to go on
+    from; UserError if there are only damaged ones, as starting anew would then lose the run.
+    """
+    damaged = {}
+    for listed in sorted(list_checkpoints(run_dir), reverse=True):
+        damage = find_damage(listed.path)
+        if damage is None:
+            return open_checkpoint(listed.path)
+        damaged[listed.path] = damage
+        say(f"Skipped {listed.path}: {damage}")
+    if damaged:
+        path, damage = next(iter(damaged.items()))
+        raise UserError(
+            f"every checkpoint in {run_dir} is damaged ({path.name}: {damage}): restore one, or "
+            "set another run.dir to start anew"
+        )
+    return None
 
 
-def _listing(run_dir: Path) -> list[tuple[str, int, Path]]:
+class Listed(NamedTuple):
+    """A folder that has the name of a checkpoint; they sort by step."""
+
+    step: int
+    kind: str  # "checkpoint" or "milestone"
+    path: Path
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Listed]:
+    """Every checkpoint and milestone folder of a run, unverified, the oldest first."""
+    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         return []
     matches = [(_NAME.match(path.name), path) for path in run_dir.iterdir()]
-    return [(m[1], int(m[2]), path) for m, path in matches if m and (path / STATE_FILE).exists()]
+    return sorted(Listed(int(m[2]), m[1], path) for m, path in matches if m)
 
 
 def check_architecture(checkpoint: Checkpoint, model: dict[str, Any]) -> None:
@@ -111,20 +147,22 @@ def temporary_path(path: Path) -> Path:
     return path.parent / f".incomplete-{path.name}"
 
 
-def publish(path: Path, state: dict[str, Any]) -> None:
-    """Complete the temporary folder of `path` with its state and give it its name.
+def publish(path: Path, described: dict[str, dict[str, int | str]]) -> None:
+    """Give the temporary folder of `path` its name, with the manifest of its files.
 
-    A folder that has the name already is what an earlier attempt at the same step left, before the
-    run was taken up again from further back; it goes.
+    described: every file in it, as `manifest.describe` saw it. A folder that has the name already
+    is what an earlier attempt at the same step left, before the run was taken up again from further
+    back; it goes.
     """
     temporary = temporary_path(path)
-    with open(temporary / STATE_FILE, "w") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(temporary, described)
     if path.exists():
         _remove(path)
     os.rename(temporary, path)
+    pointer = path.parent / f".{LATEST_FILE}.new"
+    write_durably(pointer, path.name + "\n")
+    os.replace(pointer, path.parent / LATEST_FILE)
+    fsync_directory(path.parent)
 
 
 def link_milestone(checkpoint: Path, step: int) -> None:
@@ -138,13 +176,39 @@ def link_milestone(checkpoint: Path, step: int) -> None:
     os.rename(temporary, milestone)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; 0 keeps all. Milestones stay."""
-    checkpoints = sorted(
-        (step, path) for kind, step, path in _listing(run_dir) if kind == "checkpoint"
-    )
-    for _, path in checkpoints[:-keep] if keep else []:
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all checkpoints but the `keep` newest and the one of the best validation loss; 0 keeps
+    all. Milestones stay. Returns what went.
+
+    Call it when the newest has just been published: then a good one is always left.
+    """
+    checkpoints = [
+        listed.path for listed in list_checkpoints(run_dir) if listed.kind == "checkpoint"
+    ]
+    old = checkpoints[:-keep] if keep else []
+    doomed = [path for path in old if path != _best(checkpoints)]
+    for path in doomed:
         _remove(path)
+    return doomed
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a run that was killed in a save left under temporary names."""
+    for pattern in (".incomplete-*", ".removed-*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _best(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest validation loss; None if none has one."""
+    losses = {}
+    for path in checkpoints:
+        try:
+            losses[path] = json.loads((path / STATE_FILE).read_text()).get("val_loss")
+        except (OSError, ValueError):
+            continue
+    known = [path for path, loss in losses.items() if loss is not None]
+    return min(known, key=losses.get, default=None)
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,8 @@ bf16 and fp32 parameters.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -19,6 +21,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from torch import nn
 
@@ -128,6 +131,23 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
             inner.create_state()
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def step_optimizer(optimizer, loss: float) -> tuple[float, bool]:
+    """Clip and step on the reduced gradients; return their norm and whether a step was taken.
+
+    None is where the loss or the norm is not finite: weights and moments then stay as they are.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return grad_norm, False
+    for inner in optimizer.chained_optimizers:
+        parameters, clip = inner.get_parameters(), inner.config.clip_grad
+        if parameters and clip > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, True
 
 
 def set_learning_rate(optimizer, learning_rate: float) -> None:

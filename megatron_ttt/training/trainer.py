@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
+from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights, save_checkpoint
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
@@ -25,21 +27,25 @@ from megatron_ttt.checkpoint.store import (
     link_milestone,
     open_checkpoint,
     prune,
+    remove_leftovers,
 )
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import open_data
-from megatron_ttt.errors import UserError
+from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
+from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
 from megatron_ttt.training.metrics import MetricsLog, say
 from megatron_ttt.training.optimizer import (
     build_optimizer,
     gather_parameters,
     set_learning_rate,
+    step_optimizer,
     wrap_chunks,
 )
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
+from megatron_ttt.training.stopping import StopRequests
 
 
 def start(config: Config) -> platforms.Platform:
@@ -63,8 +69,11 @@ class Trainer:
     `step` counts the optimizer steps behind; `chunks` are the unwrapped model chunks of this rank.
     """
 
-    def __init__(self, config: Config, platform: platforms.Platform):
-        self.config, self.platform = config, platform
+    def __init__(
+        self, config: Config, platform: platforms.Platform, stop: StopRequests | None = None
+    ):
+        """stop: what can end the run early; None: nothing does."""
+        self.config, self.platform, self.stop = config, platform, stop
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         # Everything a user can have got wrong is looked at before the slow building.
@@ -77,13 +86,24 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
+        self.skipped_steps = self.bad_steps_in_a_row = 0
+        self.last_validation = -1, math.nan  # step, loss
+        self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
         if self.resume_from is not None:
             self._resume()
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """What this run goes on from: see `checkpoint.load`."""
+        """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
+        found = [None]
+        if self.is_first_rank:
+            remove_leftovers(self.run_dir)
+            found = [self._choose_checkpoint()]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _choose_checkpoint(self) -> Checkpoint | None:
         load = self.config.checkpoint.load
-        checkpoint = find_newest(self.run_dir)
+        checkpoint = find_newest(self.run_dir, say)
         if load == "none" and checkpoint is not None:
             raise UserError(
                 f"checkpoint.load=none, but {checkpoint.path} exists: set another run.dir, or "
@@ -91,6 +111,8 @@ class Trainer:
             )
         if load not in ("auto", "none"):
             named = open_checkpoint(load)
+            if damage := find_damage(named.path):
+                raise UserError(f"checkpoint.load={load} is damaged ({damage}): name another")
             rewound = named.path.resolve().parent == self.run_dir.resolve()
             if checkpoint is None or rewound:
                 checkpoint = named
@@ -119,14 +141,19 @@ class Trainer:
         if checkpoint.state["has_optimizer"]:
             load_checkpoint(checkpoint, self.config, self.chunks, self.optimizer)
             self.step = checkpoint.step
+            self.skipped_steps = checkpoint.state.get("skipped_steps", 0)
         else:
             load_weights(checkpoint, self.chunks)
             self.optimizer.reload_model_params()
         if self.is_first_rank:
             say(f"Resumed from {checkpoint.path} at step {self.step}")
 
-    def train(self) -> None:
-        """Run the remaining steps; save and validate at the end."""
+    def train(self) -> str | None:
+        """Run the remaining steps; save and validate at the end.
+
+        Returns why the run stopped before that, in words; it has saved then. Raises TrainingError
+        for a run that cannot go on.
+        """
         config = self.config
         last = config.training.exit_step or config.training.steps
         log = self._open_log()
@@ -134,7 +161,8 @@ class Trainer:
             say(f"Nothing to do: step {self.step} of {last} is behind")
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
-        while self.step < last:
+        reason = None
+        while self.step < last and reason is None:
             started = time.perf_counter()
             microbatches = next(batches)
             waited = time.perf_counter() - started
@@ -143,15 +171,44 @@ class Trainer:
             figures["data_wait"] = round(waited, 4)
             if log is not None:
                 log.step(self.step, figures, self.platform.peak_memory_bytes())
-            if not math.isfinite(figures["loss"]):
-                raise RuntimeError(f"the loss of step {self.step} is {figures['loss']}")
+            self._look_after(figures, microbatches)
             at_end = self.step == last
+            if not at_end and self.stop is not None:
+                reason = self.stop.reason(self.platform.device, config.training.exit_after_minutes)
             if at_end or self._due(config.training.eval_every):
                 self.validate(log)
-            if at_end or self._due(config.checkpoint.save_every) or self._milestone_due():
+            due = self._due(config.checkpoint.save_every) or self._milestone_due()
+            if at_end or due or reason is not None:
                 self.save()
         if log is not None:
             log.close()
+            if reason is not None:
+                say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
+        return reason
+
+    def _look_after(self, figures: dict[str, float], microbatches: list[torch.Tensor]) -> None:
+        """Warn of spikes, compare replicas, and end a run whose numbers have gone wrong."""
+        warnings = [watch.see(figures[name]) for name, watch in self.spike_watches.items()]
+        if self.is_first_rank:
+            for warning in filter(None, warnings):
+                say(f"Warning at step {self.step}: {warning}")
+        if self.bad_steps_in_a_row >= self.config.training.max_bad_steps:
+            forward = partial(self._run, microbatches, forward_only=True)
+            with torch.no_grad():
+                place = first_bad_place(self.chunks, forward)
+            raise TrainingError(
+                f"{self.bad_steps_in_a_row} steps in a row were not finite, the last step "
+                f"{self.step}; first not finite is {place}. Go back to an earlier checkpoint "
+                "(checkpoint.load) with a lower optimizer.lr"
+            )
+        if self._due(self.config.training.check_replicas_every):
+            gather_parameters(self.ddp_chunks)
+            if differing := differing_replicas(self.chunks):
+                raise TrainingError(
+                    f"copies of {len(differing)} parameters differ between ranks at step "
+                    f"{self.step}, {differing[0]} among them: some rank's memory or network is "
+                    "faulty; resume from the last checkpoint on other machines"
+                )
 
     def train_step(self, microbatches: list[torch.Tensor]) -> dict[str, float]:
         """One optimizer step on this rank's microbatches; returns what it measured."""
@@ -162,14 +219,25 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         set_inner_lr_scale(self.chunks, scale)
-        loss = run_batches(self.ddp_chunks, microbatches, self.data.masked_id, self.platform.device)
+        loss = self._run(microbatches)
         set_learning_rate(self.optimizer, rate)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm, stepped = step_optimizer(self.optimizer, loss)
         self.step = step
-        figures = {"loss": loss, "lr": rate, "grad_norm": float(grad_norm)}
+        self.bad_steps_in_a_row = 0 if stepped else self.bad_steps_in_a_row + 1
+        self.skipped_steps += not stepped
+        figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm}
         if self.config.model.is_ttt:
             figures["ttt_lr_mult"] = scale
+        if self.skipped_steps:
+            figures["skipped_steps"] = self.skipped_steps
         return figures
+
+    def _run(self, microbatches: list[torch.Tensor], *, forward_only: bool = False) -> float:
+        """The loss of a global batch, of which these are this rank's microbatches."""
+        masked_id, device = self.data.masked_id, self.platform.device
+        return run_batches(
+            self.ddp_chunks, microbatches, masked_id, device, forward_only=forward_only
+        )
 
     @torch.no_grad()
     def validate(self, log: MetricsLog | None = None) -> float | None:
@@ -179,14 +247,9 @@ class Trainer:
             return None
         self._mode(training=False)
         set_inner_lr_scale(self.chunks, 1.0)
-        loss = run_batches(
-            self.ddp_chunks,
-            microbatches,
-            self.data.masked_id,
-            self.platform.device,
-            forward_only=True,
-        )
+        loss = self._run(microbatches, forward_only=True)
         self._mode(training=True)
+        self.last_validation = self.step, loss
         if log is not None:
             log.validation(self.step, loss)
         return loss
@@ -201,7 +264,11 @@ class Trainer:
             "layout": layout(self.config),
             "torch": torch.__version__,
             "config": to_dict(self.config),
+            "skipped_steps": self.skipped_steps,
         }
+        validated_step, loss = self.last_validation
+        if validated_step == self.step:
+            state["val_loss"] = loss
         save_checkpoint(path, self.chunks, self.optimizer, state)
         if not self.is_first_rank:
             return

@@ -1,0 +1,88 @@
+"""The sizes and checksums of a folder's files: whether it is still what was written.
+
+`manifest.json` lies in the folder it describes, is written last, when the others are on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+MANIFEST_FILE = "manifest.json"
+_CHUNK = 1 << 22
+
+
+def folder_files(folder: Path) -> list[str]:
+    """The files under `folder`, sorted, relative, without the manifest."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if str(path) != MANIFEST_FILE)
+
+
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file, after bringing its content to the disk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_manifest(folder: Path, described: dict[str, dict[str, int | str]]) -> None:
+    """Write the manifest of files that `describe` has seen, and bring all to the disk."""
+    write_durably(folder / MANIFEST_FILE, _text(described))
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        fsync_directory(directory)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder, in a few words; None if it is what its manifest says."""
+    try:
+        text = (folder / MANIFEST_FILE).read_text()
+        described = json.loads(text)
+    except FileNotFoundError:
+        return f"no {MANIFEST_FILE}: it was not completed"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    # A change that leaves it JSON of the same meaning is damage too.
+    if not isinstance(described, dict) or text != _text(described):
+        return f"{MANIFEST_FILE} is damaged"
+    for name in described:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if extra := set(folder_files(folder)) - set(described):
+        return f"{min(extra)} does not belong to it"
+    for name, expected in described.items():
+        path = folder / name
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        try:
+            found = describe(path)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{name} has another checksum"
+    return None
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file and bring its content to the disk."""
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _text(described: dict[str, dict[str, int | str]]) -> str:
+    return json.dumps(described, indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,53 @@
+"""Why a run should end before its last step: a signal on any rank, or its time is up.
+
+A stopped run saves and leaves with EXIT_STOPPED; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+EXIT_STOPPED = 75
+"""Exit code of a run that stopped early and saved (the shell's EX_TEMPFAIL: try again)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_SIGNAL_SECONDS = 2.0
+"""A launcher may repeat to each process the signal that its whole group got: not a second one."""
+
+_TIME_IS_UP = 1000
+
+
+class StopRequests:
+    """Notes signals from its construction on; a second one leaves the process at once."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self._signal, self._received = 0, 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self._signal and now - self._received > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+        if not self._signal:
+            self._signal, self._received = number, now
+
+    def reason(self, device, exit_after_minutes: float | None) -> str | None:
+        """Why all ranks should stop now, in words; None to go on. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        minutes = (time.monotonic() - self.started) / 60
+        time_is_up = exit_after_minutes is not None and minutes >= exit_after_minutes
+        code = self._signal or (_TIME_IS_UP if time_is_up else 0)
+        everyones = torch.tensor(code, device=device)
+        dist.all_reduce(everyones, dist.ReduceOp.MAX)
+        code = int(everyones.item())
+        if code == 0:
+            return None
+        if code == _TIME_IS_UP:
+            return f"training.exit_after_minutes={exit_after_minutes:g} are over"
+        return f"{signal.Signals(code).name} was received"

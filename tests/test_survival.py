@@ -1,0 +1,229 @@
+"""Runs that are stopped, killed, damaged or go wrong, and what is left of them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from harness import ROOT, environment, run
+
+from megatron_ttt.checkpoint.manifest import find_damage
+from megatron_ttt.checkpoint.store import find_newest, list_checkpoints, prune
+from megatron_ttt.errors import UserError
+
+STEPS = 8
+COMMAND = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> list[str]:
+    """Overrides of a small run on fixed batches, without validation."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(2, 96, (STEPS, 4, 33)))
+    return [
+        f"data.fixed_batches={tokens}",
+        "data.train=[]",
+        "data.validation=[]",
+        "data.tokenizer_model=null",
+        f"training.steps={STEPS}",
+        "training.seq_length=32",
+        "training.global_batch_size=4",
+        "model.vocab_size=96",
+        "model.hidden_size=32",
+        "model.ffn_hidden_size=64",
+        "parallel.bucket_size=5000",
+        "checkpoint.save_every=3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to: checkpoints 3, 6 and 8."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run([sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"])
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [listed.step for listed in list_checkpoints(run_dir)]
+
+
+def test_a_checkpoint_is_what_its_manifest_says(whole):
+    assert steps(whole) == [3, 6, 8]
+    assert (whole / "latest").read_text() == "checkpoint-8\n"
+    for listed in list_checkpoints(whole):
+        assert find_damage(listed.path) is None
+    assert not list(whole.glob(".*"))
+
+
+def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(whole, tmp_path):
+    random = np.random.default_rng(1)
+    names = sorted(path.name for path in (whole / "checkpoint-8").iterdir())
+    kinds = {"manifest.json", "state.json", "common.pt", "metadata.json", ".metadata"}
+    assert kinds < set(names) and any(name.endswith(".distcp") for name in names)
+    shutil.copytree(whole, tmp_path / "run")
+    for name in names:
+        path = tmp_path / "run/checkpoint-8" / name
+        content = path.read_bytes()
+        for position in (0, int(random.integers(len(content))), len(content) - 1):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(flipped)
+            said = []
+            assert find_newest(tmp_path / "run", said.append).step == 6, (name, position)
+            assert len(said) == 1 and "checkpoint-8: " in said[0]
+        path.write_bytes(content)
+    assert find_newest(tmp_path / "run").step == 8
+    (tmp_path / "run/checkpoint-8" / names[-1]).unlink()
+    (tmp_path / "run/checkpoint-6/more").write_text("")
+    assert find_newest(tmp_path / "run").step == 3
+    (tmp_path / "run/checkpoint-3/manifest.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint in"):
+        find_newest(tmp_path / "run")
+
+
+def test_a_run_goes_on_from_the_newest_that_is_good(recipe, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "checkpoint-8")
+    state = run_dir / "checkpoint-6/state.json"
+    state.write_text(state.read_text() + " ")
+    (run_dir / ".incomplete-checkpoint-7").mkdir()
+    output = run([sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"])
+    assert "Skipped" in output and "checkpoint-6: state.json has" in output
+    assert "checkpoint-3 at step 3" in output
+    assert losses(run_dir) == losses(whole)
+    assert steps(run_dir) == [3, 6, 8] and not list(run_dir.glob(".*"))
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 3.5)):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"step": step, "val_loss": loss}))
+    (tmp_path / "milestone-1").mkdir()
+    gone = prune(tmp_path, keep=2)
+    assert [path.name for path in gone] == ["checkpoint-1", "checkpoint-3"]
+    assert steps(tmp_path) == [1, 2, 4, 5]
+    assert prune(tmp_path, keep=0) == []
+
+
+def start(recipe, run_dir: Path, log: Path, *more: str) -> subprocess.Popen:
+    """Two tensor-parallel processes under torchrun; a step takes a second or so."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *COMMAND, *recipe, f"run.dir={run_dir}"]
+    command += ["parallel.tensor_model_parallel_size=2", *more]
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes of a launcher, by rank."""
+    found = [p for p in psutil.Process(launcher.pid).children() if "pretrain_ttt.py" in p.cmdline()]
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def wait_for(log: Path, text: str, launcher: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert launcher.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number,rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, tmp_path, number, rank):
+    whole_dir, run_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert start(recipe, whole_dir, log).wait() == 0, log.read_text()[-3000:]
+    launcher = start(recipe, run_dir, log)
+    wait_for(log, "Step 2:", launcher)
+    processes = ranks(launcher)
+    os.kill(processes[rank].pid, number)
+    launcher.wait()
+    output = log.read_text()
+    assert f"{number.name} was received. The same command goes on" in output, output[-3000:]
+    assert "exitcode  : 75" in output
+    stopped_at = steps(run_dir)[-1]
+    assert 2 <= stopped_at < STEPS
+    assert find_damage(run_dir / f"checkpoint-{stopped_at}") is None
+    assert start(recipe, run_dir, log).wait() == 0, log.read_text()[-3000:]
+    assert f"at step {stopped_at}\n" in log.read_text()
+    assert losses(run_dir) == losses(whole_dir)
+
+
+def test_stops_when_its_time_is_up(recipe, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"]
+    output = run([*command, "training.exit_after_minutes=0.01"], expect=75)
+    assert "training.exit_after_minutes=0.01 are over" in output
+    assert steps(run_dir) == [1]
+    run(command)
+    assert losses(run_dir) == losses(whole)
+
+
+def test_bad_steps_are_skipped_and_then_the_run_stops(recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    more = ["optimizer.lr=1e30", "optimizer.warmup_fraction=0", "optimizer.decay_all=false"]
+    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}", *more]
+    output = run([*command, "training.max_bad_steps=3"], expect=3)
+    assert "error: 3 steps in a row were not finite, the last step 4" in output
+    assert "first not finite is the output of layer 1" in output
+    assert "Traceback" not in output
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r.get("skipped_steps", 0) for r in records] == [0, 1, 2, 3]
+
+
+def test_a_single_bad_step_leaves_weights_and_moments(cpu_platform, recipe, tmp_path):
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu", "optimizer.warmup_fraction=0"]
+    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    batches = trainer.data.train_batches(0, STEPS)
+    trainer.train_step(next(batches))
+    inner = trainer.optimizer.chained_optimizers[0].optimizer
+
+    def state():
+        tensors = [p.detach().clone() for g in inner.param_groups for p in g["params"]]
+        return tensors + [t.clone() for s in inner.state.values() for t in s.values()]
+
+    before = state()
+    hook = (
+        trainer.chunks[0]
+        .decoder.layers[0]
+        .register_forward_hook(
+            lambda module, arguments, output: (output[0] * float("nan"), *output[1:])
+        )
+    )
+    figures = trainer.train_step(next(batches))
+    hook.remove()
+    assert figures["skipped_steps"] == 1 and trainer.bad_steps_in_a_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, state()))
+    figures = trainer.train_step(next(batches))
+    assert np.isfinite(figures["loss"]) and trainer.bad_steps_in_a_row == 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, state()))
+
+
+def test_a_spike_is_said_once_it_is_one():
+    from megatron_ttt.training.health import SpikeWatch
+
+    random = np.random.default_rng(0)
+    watch = SpikeWatch("loss")
+    quiet = [watch.see(3 + 0.1 * random.standard_normal()) for _ in range(300)]
+    assert quiet == [None] * 300
+    assert "loss=5 is a spike: it was 3.0" in watch.see(5.0)
+    assert watch.see(float("nan")) is None
