@@ -188,6 +188,8 @@ class CheckpointConfig:
     """Steps between `milestone-STEP/`, which are never removed; 0: none."""
     keep: int = 5
     """Newest checkpoints kept, beside milestones and the best by validation loss; 0: all."""
+    asynchronous: bool = False
+    """Write checkpoints in the background, while training goes on (see `docs/checkpoints.md`)."""
     load: str = "auto"
     """auto: go on from the newest checkpoint in run.dir that is undamaged; none: start anew. A
     checkpoint folder: start from it, unless run.dir has a checkpoint already; one of run.dir's own:

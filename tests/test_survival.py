@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or go wrong, and what is left of them."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -72,7 +73,7 @@ def test_a_checkpoint_is_what_its_manifest_says(whole):
 def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(whole, tmp_path):
     random = np.random.default_rng(1)
     names = sorted(path.name for path in (whole / "checkpoint-8").iterdir())
-    kinds = {"manifest.json", "state.json", "common.pt", "metadata.json", ".metadata"}
+    kinds = {"manifest.json", "state.json", "metadata.json", ".metadata"}
     assert kinds < set(names) and any(name.endswith(".distcp") for name in names)
     shutil.copytree(whole, tmp_path / "run")
     for name in names:
@@ -107,6 +108,44 @@ def test_a_run_goes_on_from_the_newest_that_is_good(recipe, whole, tmp_path):
     assert "checkpoint-3 at step 3" in output
     assert losses(run_dir) == losses(whole)
     assert steps(run_dir) == [3, 6, 8] and not list(run_dir.glob(".*"))
+
+
+def test_saves_in_the_background(recipe, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"]
+    command += ["checkpoint.asynchronous=true", "checkpoint.milestone_every=6"]
+    output = run([*command, "training.exit_step=6"])
+    assert output.count("in the background; training stood still for") == 2
+    assert [path.name for _, _, path in list_checkpoints(run_dir)] == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "milestone-6",
+    ]
+    assert "Resumed" in run(command)
+    assert losses(run_dir) == losses(whole)
+    for listed in list_checkpoints(run_dir):
+        assert find_damage(listed.path) is None
+    # The background writer's content is the foreground's, whatever the files are called.
+    assert weights(run_dir / "checkpoint-8") == weights(whole / "checkpoint-8")
+
+
+def weights(checkpoint: Path) -> dict[str, str]:
+    """A digest of every tensor in a checkpoint, optimizer state included."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    described = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    assert len(tensors) > 50
+    return {
+        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):

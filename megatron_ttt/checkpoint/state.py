@@ -6,21 +6,16 @@ Random states belong to a rank, and come back only where the layout is the one t
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
-from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
-from megatron_ttt.checkpoint.store import STATE_FILE, Checkpoint, publish, temporary_path
+from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.model import EMBEDDING
 
@@ -37,39 +32,13 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(path: Path, chunks: list[nn.Module], optimizer, state: dict[str, Any]) -> None:
-    """Write and publish a checkpoint folder; collective.
-
-    chunks: unwrapped, with current weights. optimizer: None saves the weights alone. state: what
-    goes into state.json, with at least `step` and `config`.
-    """
-    temporary = temporary_path(path)
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
+    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights."""
     tree = _model_tree(chunks)
     if optimizer is not None:
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
         tree["rng"] = _rng_object()
-    dist_checkpointing.save(tree, str(temporary))
-    if dist.get_rank() == 0:
-        text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
-        write_durably(temporary / STATE_FILE, text)
-    dist.barrier()
-    described = _describe_together(temporary)
-    if dist.get_rank() == 0:
-        publish(path, described)
-    dist.barrier()
-
-
-def _describe_together(folder: Path) -> dict[str, dict[str, int | str]]:
-    """`manifest.describe` of every file of a folder, which all ranks see; each does its share."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = {name: describe(folder / name) for name in folder_files(folder)[rank::ranks]}
-    everyone = [None] * ranks
-    dist.all_gather_object(everyone, own)
-    return {name: seen for one in everyone for name, seen in one.items()}
+    return tree
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:

@@ -142,22 +142,21 @@ def check_architecture(checkpoint: Checkpoint, model: dict[str, Any]) -> None:
         )
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a folder is written before it is complete."""
-    return path.parent / f".incomplete-{path.name}"
+def temporary_path(path: Path, token: str) -> Path:
+    """Where a folder is written before it is complete; another token, another folder."""
+    return path.parent / f".incomplete-{path.name}.{token}"
 
 
-def publish(path: Path, described: dict[str, dict[str, int | str]]) -> None:
-    """Give the temporary folder of `path` its name, with the manifest of its files.
+def publish(temporary: Path, path: Path, described: dict[str, dict[str, int | str]]) -> None:
+    """Give a temporary folder its name, `path`, with the manifest of its files.
 
     described: every file in it, as `manifest.describe` saw it. A folder that has the name already
     is what an earlier attempt at the same step left, before the run was taken up again from further
     back; it goes.
     """
-    temporary = temporary_path(path)
     write_manifest(temporary, described)
     if path.exists():
-        _remove(path)
+        remove(path)
     os.rename(temporary, path)
     pointer = path.parent / f".{LATEST_FILE}.new"
     write_durably(pointer, path.name + "\n")
@@ -170,7 +169,7 @@ def link_milestone(checkpoint: Path, step: int) -> None:
     milestone = checkpoint.parent / milestone_name(step)
     if milestone.exists():
         return
-    temporary = temporary_path(milestone)
+    temporary = temporary_path(milestone, "link")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint, temporary, copy_function=os.link)
     os.rename(temporary, milestone)
@@ -188,7 +187,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     old = checkpoints[:-keep] if keep else []
     doomed = [path for path in old if path != _best(checkpoints)]
     for path in doomed:
-        _remove(path)
+        remove(path)
     return doomed
 
 
@@ -211,7 +210,7 @@ def _best(checkpoints: list[Path]) -> Path | None:
     return min(known, key=losses.get, default=None)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a checkpoint, under another name: cut short, no half of it is left behind."""
     doomed = path.parent / f".removed-{path.name}"
     shutil.rmtree(doomed, ignore_errors=True)

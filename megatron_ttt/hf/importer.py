@@ -44,7 +44,7 @@ def write_checkpoint(model: ModelConfig, official: dict[str, Tensor], output: Pa
     platforms.start_process_group(platform)
     from megatron.core import parallel_state
 
-    from megatron_ttt.checkpoint.state import save_checkpoint
+    from megatron_ttt.checkpoint.writer import save_checkpoint
     from megatron_ttt.hf.mapping import load_official
     from megatron_ttt.model import build_chunk, core_config
 

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights, save_checkpoint
+from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
     check_architecture,
@@ -29,6 +29,7 @@ from megatron_ttt.checkpoint.store import (
     prune,
     remove_leftovers,
 )
+from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import TrainingError, UserError
@@ -86,6 +87,7 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
+        self.writer = CheckpointWriter(asynchronous=config.checkpoint.asynchronous)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
         self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
@@ -172,6 +174,7 @@ class Trainer:
             if log is not None:
                 log.step(self.step, figures, self.platform.peak_memory_bytes())
             self._look_after(figures, microbatches)
+            self.writer.poll()
             at_end = self.step == last
             if not at_end and self.stop is not None:
                 reason = self.stop.reason(self.platform.device, config.training.exit_after_minutes)
@@ -180,6 +183,7 @@ class Trainer:
             due = self._due(config.checkpoint.save_every) or self._milestone_due()
             if at_end or due or reason is not None:
                 self.save()
+        self.writer.wait()
         if log is not None:
             log.close()
             if reason is not None:
@@ -258,7 +262,6 @@ class Trainer:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
         gather_parameters(self.ddp_chunks)
         path = self.run_dir / checkpoint_name(self.step)
-        started = time.perf_counter()
         state = {
             "step": self.step,
             "layout": layout(self.config),
@@ -269,13 +272,16 @@ class Trainer:
         validated_step, loss = self.last_validation
         if validated_step == self.step:
             state["val_loss"] = loss
-        save_checkpoint(path, self.chunks, self.optimizer, state)
-        if not self.is_first_rank:
-            return
-        if self._milestone_due():
-            link_milestone(path, self.step)
+        published = partial(self._after_save, path, self.step, self._milestone_due())
+        stall = self.writer.save(path, self.chunks, self.optimizer, state, published)
+        if self.is_first_rank and self.config.checkpoint.asynchronous:
+            say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
+
+    def _after_save(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
+        if milestone:
+            link_milestone(path, step)
         prune(self.run_dir, self.config.checkpoint.keep)
-        say(f"Saved {path} in {time.perf_counter() - started:.1f}s")
+        say(f"Saved {path} in {seconds:.1f}s")
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0
