@@ -148,6 +148,38 @@ def weights(checkpoint: Path) -> dict[str, str]:
     }
 
 
+def test_the_checkpoint_tool(whole, tmp_path):
+    tool = [sys.executable, "tools/checkpoint.py"]
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    listed = run([*tool, "list", run_dir]).splitlines()
+    assert [line.split(":")[0] for line in listed] == [f"checkpoint-{n}" for n in (3, 6, 8)]
+    assert all("TP 1 x PP 1 x DP 1, not validated" in line for line in listed)
+    inspected = run([*tool, "inspect", run_dir / "checkpoint-6"])
+    assert "step: 6 of 8" in inspected and "layer=ttt_linear" in inspected
+    assert "(float32)" in inspected
+    assert run([*tool, "verify", run_dir]).count(": good") == 3
+    state = run_dir / "checkpoint-8/state.json"
+    whole_text = state.read_text()
+    state.write_text(whole_text.replace("8", "9", 1))
+    output = run([*tool, "verify", run_dir / "checkpoint-6", run_dir / "checkpoint-8"], expect=2)
+    assert "checkpoint-6: good" in output and "state.json has another checksum" in output
+    assert "nothing was removed" in run([*tool, "prune", run_dir, "--keep", "1"], expect=2)
+    state.write_text(whole_text)
+    run([*tool, "prune", run_dir, "--keep", "1"])
+    assert steps(run_dir) == [8]
+
+
+def test_killed_at_any_moment_it_is_the_same_run(tmp_path):
+    """The short version of benchmarks/kill_test.py."""
+    output = tmp_path / "tally.json"
+    command = [sys.executable, "benchmarks/kill_test.py", "--kills", "2", "--steps", "8"]
+    run([*command, "--setups", "TP2 background", "--output", output])
+    tally = json.loads(output.read_text())
+    assert tally["total"]["in all"] == 2 and tally["total"]["inside a save"] >= 1
+    assert tally["TP2 background"]["differences"] == []
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 3.5)):
         path = tmp_path / f"checkpoint-{step}"

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Kill a run again and again, and see whether what is left is the run that was never killed.
+
+    python benchmarks/kill_test.py --kills 200 [--output FILE.json]
+
+A small model is trained at TP2, at DP2 and at TP2 with background saves, first undisturbed, then
+under SIGKILLs: every second one hits a single rank, the others the whole process group; at least
+every second one comes while a save is under way. After each, the same command is given again. In
+the end losses, gradient norms, metrics and every tensor of the last checkpoint must be the
+undisturbed run's, to the last bit. Ends with its tally; exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_ttt.checkpoint.store import list_checkpoints
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 40, 2
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+SETUPS = {"TP2": TP2, "DP2": [], "TP2 background": [*TP2, "checkpoint.asynchronous=true"]}
+
+
+@dataclass
+class Run:
+    """A training command that is launched until it has finished."""
+
+    overrides: list[str]
+    folder: Path
+    kills: Counter = field(default_factory=Counter)
+
+    def launch(self) -> subprocess.Popen:
+        """Start it under torchrun, in a process group of its own."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "pretrain_ttt.py", "--config"]
+        command += ["yaml_recipes/debug_cpu.yaml", *self.overrides, f"run.dir={self.folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        with open(self.folder.with_suffix(".log"), "a") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def finish(self) -> None:
+        """Run to the end undisturbed."""
+        if self.launch().wait():
+            log = self.folder.with_suffix(".log").read_text()
+            raise SystemExit(f"the run failed:\n{log[-3000:]}")
+
+    def finish_under_fire(self, kills: int, chance: random.Random) -> None:
+        """Kill it `kills` times, then let it finish."""
+        while self.kills["in all"] < kills:
+            launcher = self.launch()
+            in_save = 2 * self.kills["inside a save"] <= self.kills["in all"]
+            if not self.wait_for_moment(launcher, in_save, chance):
+                raise SystemExit(f"{self.folder} ended before its {kills} kills: raise STEPS")
+            inside = bool(list(self.folder.glob(".incomplete-*")))
+            group = self.kills["in all"] % 2 == 0
+            self.kill(launcher, group, chance)
+            self.kills["in all"] += 1
+            self.kills["inside a save"] += inside
+            self.kills["whole group" if group else "one rank"] += 1
+        self.finish()
+
+    def wait_for_moment(self, launcher, in_save: bool, chance: random.Random) -> bool:
+        """Wait for a save to begin, or for any moment; False if the run ends first."""
+        end = time.monotonic() + chance.uniform(0, 12)
+        while launcher.poll() is None:
+            if list(self.folder.glob(".incomplete-*")) if in_save else time.monotonic() > end:
+                time.sleep(chance.uniform(0, 0.3) if in_save else 0)
+                return True
+            time.sleep(0.001)
+        return False
+
+    def kill(self, launcher, group: bool, chance: random.Random) -> None:
+        """SIGKILL the group or one rank; then wait for the launcher, which ends the other rank.
+
+        Background writers are left to themselves: they are what a killed run leaves behind.
+        """
+        if group:
+            os.killpg(launcher.pid, signal.SIGKILL)
+        else:
+            children = psutil.Process(launcher.pid).children()
+            ranks = [p for p in children if "pretrain_ttt.py" in " ".join(p.cmdline())]
+            if ranks:
+                chance.choice(ranks).kill()
+            else:
+                launcher.kill()
+        launcher.wait()
+
+
+def figures(folder: Path) -> list[tuple]:
+    """What the metrics file says of each step, without times."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"]) for r in records]
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every tensor in a checkpoint, moments included."""
+    described = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    return {
+        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """How the results of two runs differ, in words."""
+    found = []
+    if figures(one) != figures(other):
+        found.append("the metrics differ")
+    last, last_other = (list_checkpoints(folder)[-1].path for folder in (one, other))
+    if last.name != last_other.name:
+        return [*found, f"the last checkpoints are {last.name} and {last_other.name}"]
+    ours, theirs = digests(last), digests(last_other)
+    found += [f"{name} differs" for name in ours if ours[name] != theirs.get(name)]
+    return found
+
+
+def main() -> int:
+    """Run, kill, compare, tell."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    chance, tally = random.Random(arguments.seed), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens = Path(scratch) / "tokens.npy"
+        rows = np.random.default_rng(0).integers(2, 96, (arguments.steps, 4, 33))
+        np.save(tokens, rows)
+        common = [
+            f"data.fixed_batches={tokens}",
+            "data.train=[]",
+            "data.validation=[]",
+            "data.tokenizer_model=null",
+            f"training.steps={arguments.steps}",
+            "training.seq_length=32",
+            "training.global_batch_size=4",
+            "model.vocab_size=96",
+            "parallel.bucket_size=15000",
+            f"checkpoint.save_every={SAVE_EVERY}",
+            "checkpoint.keep=3",
+        ]
+        shares = [arguments.kills // len(arguments.setups)] * len(arguments.setups)
+        shares[0] += arguments.kills - sum(shares)
+        for name, kills in zip(arguments.setups, shares):
+            folder = Path(scratch) / name.replace(" ", "-")
+            whole = Run([*common, *SETUPS[name]], folder.with_name(f"{folder.name}-whole"))
+            whole.finish()
+            killed = Run(whole.overrides, folder)
+            killed.finish_under_fire(kills, chance)
+            found = differences(whole.folder, killed.folder)
+            tally[name] = {**killed.kills, "differences": found}
+            print(f"{name}: {dict(killed.kills)}, differences: {found or 'none'}", flush=True)
+    total = Counter()
+    for counts in tally.values():
+        total.update({key: count for key, count in counts.items() if key != "differences"})
+    bad = [name for name, counts in tally.items() if counts["differences"]]
+    print(f"{total['in all']} kills {dict(total)}; runs that differ: {bad or 'none'}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"total": total, **tally}, indent=1) + "\n")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
