@@ -123,6 +123,9 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     # One dtype a parameter group, or saving mixes the shards of bf16 and fp32 parameters up.
     overrides[ParamKey(attr="keep_fp32")] = ParamGroupOverride(fp32=True)
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
+    # megatron-core leaves this to its own scheduler, which is not used here.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
     for inner in optimizer.chained_optimizers:
         if not HAVE_APEX_OR_TE:
             inner.__class__ = TorchAdamDistributedOptimizer
