@@ -1,0 +1,146 @@
+"""What turns a block of lines into bytes: the options of a run and the work of one process."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from megatron_ttt.data.indexed import token_dtype
+from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES, Block, parse_block
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_ttt.errors import UserError
+
+_CHECKED_LINES = 128
+"""With gigatoken, SentencePiece encodes the first and then each such line of every shard too."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of the output, for a given input."""
+
+    tokenizer_model: str
+    backend: str
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    validation_fraction: float = 0.0
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    @property
+    def streams(self) -> tuple[tuple[str, str], ...]:
+        """(split, key) of each dataset; the split is "" unless documents are split by their hash."""
+        splits = ("train", "validation") if self.validation_fraction else ("",)
+        return tuple((split, key) for split in splits for key in self.json_keys)
+
+    def fingerprint(self, tokenizer: Tokenizer) -> dict:
+        """The options as they are compared: the tokenizer by its content, not by its path."""
+        options = asdict(self) | {"json_keys": list(self.json_keys), "tokenizer": tokenizer.sha256}
+        del options["tokenizer_model"]
+        return options | {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """Documents in bytes: for each stream of the options (tokens, lengths int32 [documents])."""
+
+    streams: list[tuple[bytes, np.ndarray]]
+    position: int
+    text_bytes: int
+    empty: int
+    malformed: list[tuple[int, str]]
+
+
+class Encoder:
+    """A document becomes its ids, BOS before and EOS after, unless it has no ids at all."""
+
+    def __init__(self, options: Options) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.options = options
+        self.tokenizer = load_tokenizer(options.tokenizer_model, options.backend)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self._bos = self._control(options.prepend_bos, self.tokenizer.bos_id, "BOS", "prepend-bos")
+        self._eod = self._control(options.append_eod, self.tokenizer.eos_id, "EOS", "append-eod")
+        self._reference = (
+            SentencePieceTokenizer(options.tokenizer_model)
+            if options.backend == "gigatoken"
+            else None
+        )
+
+    def _control(self, wanted: bool, control_id: int, name: str, flag: str) -> list[np.ndarray]:
+        if wanted and control_id < 0:
+            raise UserError(
+                f"{self.options.tokenizer_model} has no {name} piece; leave --{flag} out"
+            )
+        return [np.array([control_id], np.int32)] if wanted else []
+
+    def encode(self, block: Block) -> EncodedBlock:
+        """Parse and encode one block."""
+        options = self.options
+        malformed: list[tuple[int, str]] = []
+        documents = list(
+            parse_block(
+                block,
+                options.json_keys,
+                lambda line, reason: malformed.append((line, reason)),
+                options.max_document_bytes,
+            )
+        )
+        lines = [line for line, _ in documents]
+        encoded, text_bytes, empty = [], 0, 0
+        for texts in zip(*(texts for _, texts in documents)):
+            texts = list(texts)
+            ids = self.tokenizer.encode_batch(texts)
+            self._check(lines, texts, ids, malformed)
+            encoded.append(ids)
+            text_bytes += sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
+            empty += sum(len(i) == 0 for i in ids)
+        encoded = encoded or [[] for _ in options.json_keys]
+        if options.validation_fraction:
+            chosen = [self._is_validation(texts[0]) for _, texts in documents]
+            halves = [
+                [ids for ids, validation in zip(column, chosen) if validation is half]
+                for half in (False, True)
+                for column in encoded
+            ]
+        else:
+            halves = encoded
+        return EncodedBlock(
+            [self._pack(column) for column in halves], block.position, text_bytes, empty, malformed
+        )
+
+    def _check(
+        self,
+        lines: Sequence[int],
+        texts: Sequence[str],
+        ids: Sequence[np.ndarray],
+        malformed: list[tuple[int, str]],
+    ) -> None:
+        if self._reference is None:
+            return
+        for line, text, fast in zip(lines, texts, ids):
+            if line % _CHECKED_LINES == 1 and self._reference.encode(text) != fast.tolist():
+                raise UserError(
+                    f"gigatoken gives line {line} other ids than SentencePiece does; "
+                    "use --tokenizer-backend sentencepiece"
+                )
+
+    def _is_validation(self, text: str) -> bool:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.options.validation_fraction * 2**64
+
+    def _pack(self, column: list[np.ndarray]) -> tuple[bytes, np.ndarray]:
+        parts: list[np.ndarray] = []
+        for ids in column:
+            parts += [*self._bos, ids, *self._eod] if len(ids) else []
+        extra = len(self._bos) + len(self._eod)
+        lengths = np.array([len(ids) + extra if len(ids) else 0 for ids in column], np.int32)
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        return tokens.astype(self.dtype).tobytes(), lengths
+
+
+def encode_here(blocks: Iterable, encoder: Encoder) -> Iterator:
+    """Encode every `Block` of a stream in this process; other items pass."""
+    for item in blocks:
+        yield encoder.encode(item) if isinstance(item, Block) else item
