@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -18,27 +18,42 @@ _CHECKED_LINES = 128
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of the output, for a given input."""
+    """What decides the bytes of the output, for a given input.
+
+    `split` is one of "none", "name" (by C4's own shard names) and "hash" (`validation_fraction` of
+    the documents, by a hash of the first key's text); `groups` is the number of pairs for each
+    split, each of consecutive shards.
+    """
 
     tokenizer_model: str
     backend: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     prepend_bos: bool = False
+    split: str = "none"
     validation_fraction: float = 0.0
+    groups: int = 1
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     @property
     def streams(self) -> tuple[tuple[str, str], ...]:
-        """(split, key) of each dataset; the split is "" unless documents are split by their hash."""
-        splits = ("train", "validation") if self.validation_fraction else ("",)
+        """(split, key) of what a shard becomes; the split is "" unless documents are split."""
+        splits = ("train", "validation") if self.split == "hash" else ("",)
         return tuple((split, key) for split in splits for key in self.json_keys)
 
     def fingerprint(self, tokenizer: Tokenizer) -> dict:
         """The options as they are compared: the tokenizer by its content, not by its path."""
         options = asdict(self) | {"json_keys": list(self.json_keys), "tokenizer": tokenizer.sha256}
         del options["tokenizer_model"]
-        return options | {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+        return options | {"vocab_size": tokenizer.vocab_size}
+
+    @staticmethod
+    def from_fingerprint(fingerprint: dict, tokenizer_model: str) -> "Options":
+        """The options of a finished run."""
+        names = {field.name for field in fields(Options)} & set(fingerprint)
+        options = {name: fingerprint[name] for name in names}
+        options["json_keys"] = tuple(options["json_keys"])
+        return Options(tokenizer_model=tokenizer_model, **options)
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class EncodedBlock:
 
     streams: list[tuple[bytes, np.ndarray]]
     position: int
+    documents: int
     text_bytes: int
     empty: int
     malformed: list[tuple[int, str]]
@@ -97,17 +113,19 @@ class Encoder:
             text_bytes += sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
             empty += sum(len(i) == 0 for i in ids)
         encoded = encoded or [[] for _ in options.json_keys]
-        if options.validation_fraction:
-            chosen = [self._is_validation(texts[0]) for _, texts in documents]
-            halves = [
-                [ids for ids, validation in zip(column, chosen) if validation is half]
-                for half in (False, True)
-                for column in encoded
-            ]
-        else:
-            halves = encoded
+        chosen = [self.split_of(texts) for _, texts in documents]
+        columns = dict(zip(options.json_keys, encoded))
+        streams = [
+            [ids for ids, document_split in zip(columns[key], chosen) if document_split == split]
+            for split, key in options.streams
+        ]
         return EncodedBlock(
-            [self._pack(column) for column in halves], block.position, text_bytes, empty, malformed
+            streams=[self._pack(ids) for ids in streams],
+            position=block.position,
+            documents=len(documents),
+            text_bytes=text_bytes,
+            empty=empty,
+            malformed=malformed,
         )
 
     def _check(
@@ -126,9 +144,18 @@ class Encoder:
                     "use --tokenizer-backend sentencepiece"
                 )
 
-    def _is_validation(self, text: str) -> bool:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.options.validation_fraction * 2**64
+    def split_of(self, texts: Sequence[str]) -> str:
+        """The split of a document, by the hash of its first text; "" where none is asked for."""
+        if self.options.split != "hash":
+            return ""
+        digest = hashlib.blake2b(texts[0].encode(), digest_size=8).digest()
+        chosen = int.from_bytes(digest, "big") < self.options.validation_fraction * 2**64
+        return "validation" if chosen else "train"
+
+    def encode_text(self, text: str) -> list[int]:
+        """One document, as it is written."""
+        tokens, _ = self._pack([np.array(self.tokenizer.encode(text), np.int32)])
+        return np.frombuffer(tokens, self.dtype).tolist()
 
     def _pack(self, column: list[np.ndarray]) -> tuple[bytes, np.ndarray]:
         parts: list[np.ndarray] = []

@@ -51,8 +51,12 @@ class Tokenizer:
         raise NotImplementedError
 
     def normalize(self, text: str) -> str:
-        """The text as decoding its ids gives it back."""
+        """The text as decoding its ids gives it back, but for spaces at its beginning."""
         return self.decode(self.encode(text))
+
+    def is_lossless(self, ids: Sequence[int]) -> bool:
+        """Whether the ids keep all of the text: none stands for an unknown piece."""
+        return True
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -85,6 +89,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def is_lossless(self, ids: Sequence[int]) -> bool:
+        return self._processor.unk_id() not in ids
 
     def normalize(self, text: str) -> str:
         return self._processor.normalize(text).replace("▁", " ")
@@ -151,13 +158,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(model_path: str | Path, backend: str | None = None) -> Tokenizer:
-    """The tokenizer in a file; without a backend, a .json is Hugging Face's, others SentencePiece.
+def default_backend(model_path: str | Path) -> str:
+    """A .json is Hugging Face's, every other file SentencePiece's."""
+    return "huggingface" if str(model_path).endswith(".json") else "sentencepiece"
 
-    Raises `UserError` for a file that the backend cannot read.
-    """
-    if backend is None:
-        backend = "huggingface" if str(model_path).endswith(".json") else "sentencepiece"
+
+def load_tokenizer(model_path: str | Path, backend: str | None = None) -> Tokenizer:
+    """The tokenizer in a file. Raises `UserError` for a file that the backend cannot read."""
+    backend = backend or default_backend(model_path)
     if backend == "gigatoken":
         from megatron_ttt.data.gigatoken_backend import GigatokenTokenizer
 
