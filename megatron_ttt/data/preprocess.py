@@ -178,10 +178,10 @@ def _begin(workspace: Workspace, plan: Plan, overwrite: bool, array: bool) -> di
         workspace.clear()
         workspace.save_plan(plan)
     elif before.shards != plan.shards:
-        if array:
+        if array and [s.url for s in before.shards] != [s.url for s in plan.shards]:
             raise UserError(
-                f"{workspace.folder} was planned with other shards, or they have changed; give "
-                "every part of the array the same --input, or remove the folder to begin again"
+                f"{workspace.folder} was planned with other shards; give every part of the array "
+                "the same --input, or remove the folder to begin again"
             )
         workspace.save_plan(plan)
     return None

@@ -174,9 +174,9 @@ def slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:
     """A run in another process that waits, at work, for a shard that nobody writes yet."""
     write_shard(tmp_path / "slow.00000.json", make_texts(60, seed=0))
     os.mkfifo(tmp_path / "slow.00001.json")
-    corpus = ([f"{tmp_path}/slow.*"], str(tmp_path / "slow"), tokenizer.model_path)
+    corpus = ([f"{tmp_path}/slow.0*.json"], str(tmp_path / "slow"), tokenizer.model_path)
     process = subprocess.Popen(command_of(corpus, *more), stderr=subprocess.PIPE, text=True)
-    while not list(Path(f"{corpus[1]}.tasks").glob("*.manifest.json")):
+    while not (Path(f"{corpus[1]}.tasks") / "plan.json").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     return process, corpus
