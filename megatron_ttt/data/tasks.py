@@ -131,6 +131,11 @@ class _TaskWriter:
             self._writers[name] = IndexedWriter(prefix, self._dtype)
 
     def add(self, block: EncodedBlock) -> None:
+        if block.refused:
+            raise UserError(
+                f"{self._shard}:{block.refused}: gigatoken gives other ids than SentencePiece; "
+                "begin again with --tokenizer-backend sentencepiece --overwrite"
+            )
         for line, reason in block.malformed:
             message = f"{self._shard}:{line}: {reason}"
             if not self._skip:
