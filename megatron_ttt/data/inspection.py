@@ -145,7 +145,9 @@ def peek(
     for dataset in datasets:
         documents = len(dataset.index.documents) - 1
         if not 0 <= first < documents:
-            raise UserError(f"--first is {first}; {dataset.prefix} has documents 0..{documents - 1}")
+            raise UserError(
+                f"--first is {first}; {dataset.prefix} has documents 0..{documents - 1}"
+            )
         for number in range(first, min(first + count, documents)):
             ids = dataset.document(number)
             yield f"--- {Path(dataset.prefix).name}: document {number}, {len(ids)} tokens"

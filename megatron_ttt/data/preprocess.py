@@ -63,9 +63,11 @@ def preprocess(
 
     The files are byte for byte those of Megatron-LM's `tools/preprocess_data.py`. Nothing stands
     under their names before all of it is written. `array` (i, n) does the i-th of n ranges of the
-    shards and no merge, and returns None. Raises `UserError` for input that cannot be read or holds no tokens
-    (`on_error` "skip": leaves out what is bad), existing output, a run with other options under
-    the same prefix, another run at work on it, and a model without the piece an option needs.
+    shards and no merge, and returns None.
+
+    Raises `UserError` for input that cannot be read or holds no tokens (`on_error` "skip": leaves
+    out what is bad), existing output, a run with other options under the same prefix, another run
+    at work on it, and a model without the piece an option needs.
     SIGINT and SIGTERM end the process with 128 plus their number.
     """
     options = Options(

@@ -46,10 +46,9 @@ class Progress(Listener):
         self._finished_shards += 1
         self._finished_bytes += shard.size
         self._current, self._position = Counts(), 0
-        skipped = ", skipped" if manifest["skipped"] else ""
-        self._write_log(
-            f"{shard}: {manifest['documents']} documents, {manifest['malformed']} malformed{skipped}"
-        )
+        documents, malformed = manifest["documents"], manifest["malformed"]
+        outcome = "skipped" if manifest["skipped"] else "done"
+        self._write_log(f"{shard}: {outcome}, {documents} documents, {malformed} malformed lines")
         self._print_now_and_then()
 
     def note(self, message: str) -> None:

@@ -186,5 +186,3 @@ class _TaskWriter:
     def discard(self) -> None:
         for writer in self._writers.values():
             writer.discard()
-
-

@@ -11,6 +11,11 @@ import sentencepiece
 from megatron_ttt.errors import UserError
 
 BACKENDS = ("sentencepiece", "huggingface", "gigatoken")
+_USUAL_NAMES = {
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
+    "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
+    "pad": ("<pad>", "<|pad|>"),
+}
 
 
 class Tokenizer:
@@ -104,12 +109,6 @@ class HuggingFaceTokenizer(Tokenizer):
     names. A control token that stands in a text is encoded as the characters it is made of.
     """
 
-    _USUAL = {
-        "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
-        "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
-        "pad": ("<pad>", "<|pad|>"),
-    }
-
     def __init__(self, model_path: str | Path) -> None:
         super().__init__(model_path)
         try:
@@ -139,7 +138,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         ids = {}
-        for kind, usual in self._USUAL.items():
+        for kind, usual in _USUAL_NAMES.items():
             named = config.get(f"{kind}_token")
             named = named.get("content") if isinstance(named, dict) else named
             candidates = (named,) if named or config else usual

@@ -175,5 +175,7 @@ def _compare(
         )
     decoded = tokenizer.decode(stored.tolist())
     if decoded.lstrip() != tokenizer.normalize(text).lstrip() and tokenizer.is_lossless(stored):
-        raise UserError(f"document {place} of {dataset.prefix} does not decode to its source, {url}")
+        raise UserError(
+            f"document {place} of {dataset.prefix} does not decode to its source, {url}"
+        )
     return decoded == text

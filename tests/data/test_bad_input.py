@@ -1,4 +1,4 @@
-"""Everything that can be wrong with input: a clear error, or a counted skip; nothing done is lost."""
+"""All that can be wrong with input: a clear error, or a counted skip; nothing done is lost."""
 
 import gzip
 import http.server
@@ -30,7 +30,7 @@ def json_lines(*bad: bytes) -> bytes:
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-    """Run over `a.json`, which is good, and the shards of the test; the arguments can be changed."""
+    """Run over `a.json`, which is good, and the shard of the test."""
     write_shard(tmp_path / "a.json", GOOD)
 
     def run(shard: Path | str, **options):

@@ -1,4 +1,4 @@
-"""Every kind of input gives the same bytes: JSON lines packed any way, Parquet, local and remote."""
+"""Every kind of input gives the same bytes: JSON lines packed any way, Parquet, URLs."""
 
 import gzip
 import io
@@ -17,6 +17,12 @@ from megatron_ttt.errors import UserError
 TEXTS = make_texts(300, seed=3)
 
 
+def write_table(columns: dict, file) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), file)
+
+
 def packed(kind: str) -> bytes:
     content = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
     if kind.endswith(".gz"):
@@ -27,11 +33,8 @@ def packed(kind: str) -> bytes:
         packer = zstandard.ZstdCompressor()
         return packer.compress(content[:half]) + packer.compress(content[half:])
     if kind == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
         file = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1] * 300}), file)
+        write_table({"text": TEXTS, "n": [1] * 300}, file)
         return file.getvalue()
     return content
 
@@ -72,11 +75,7 @@ def test_python_s_gzip_reads_what_isal_reads(tmp_path, monkeypatch):
 
 
 def test_rows_of_a_table_without_text_are_malformed_and_numbered(tmp_path, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    table = pyarrow.table({"text": [*TEXTS[:200], None, "last"]})
-    pyarrow.parquet.write_table(table, tmp_path / "c4.parquet")
+    write_table({"text": [*TEXTS[:200], None, "last"]}, tmp_path / "c4.parquet")
     malformed = MalformedLines()
     shards = find_shards([f"{tmp_path}/c4.parquet"])
     assert list(read_documents(shards, malformed)) == [*TEXTS[:200], "last"]
@@ -111,6 +110,6 @@ def test_urls_that_cannot_be_read_are_named(tokenizer, tmp_path):
         preprocess(["memory://c4/none.json"], *run)
     with pytest.raises(UserError, match=r"no file matches 'memory://c4/none\*"):
         preprocess(["memory://c4/none*.json"], *run)
-    with pytest.raises(UserError, match="nowhere://x.json"):
+    with pytest.raises(UserError, match=r"nowhere://x\.json"):
         preprocess(["nowhere://x.json"], *run)
     assert not Path(f"{tmp_path}/b_text_document.bin").exists()

@@ -28,7 +28,7 @@ def peaks(shards: str, output: str, model, workers: int) -> list[int]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_peak_is_that_of_a_twentieth_of_the_input(tokenizer, tmp_path, workers):
-    texts = make_texts(20_000, seed=1)
+    texts = make_texts(4000, seed=1)
     write_shard(tmp_path / "small.json", texts)
     content = (tmp_path / "small.json").read_bytes()
     (tmp_path / "large.json").write_bytes(content * 20)

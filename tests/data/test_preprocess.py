@@ -102,7 +102,7 @@ def test_the_tool_takes_globs_and_reports_progress(shards, tokenizer, tmp_path):
     assert np.frombuffer(tokens, np.uint16)[-1] == tokenizer.eos_id
     again = subprocess.run(command, capture_output=True, text=True)
     assert (again.returncode, again.stderr) == (0, f"{tmp_path}/c4 is complete: nothing to do\n")
-    second = subprocess.run(command[:-1] + ["nowhere"], capture_output=True, text=True)
+    second = subprocess.run([*command[:-1], "nowhere"], capture_output=True, text=True)
     assert second.returncode == 2
     assert second.stderr.startswith("error: ")
     assert len(second.stderr.splitlines()) == 1

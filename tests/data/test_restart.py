@@ -39,7 +39,7 @@ class Broken(Exception):
 
 @pytest.fixture
 def stop_at_shard(monkeypatch):
-    """Make the reading of shards fail from the n-th on; returns the names of those that were read."""
+    """Let the reading of shards fail from the n-th on; returns the names of those read."""
     read, real = [], tasks.read_blocks
 
     def install(number):
