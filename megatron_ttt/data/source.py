@@ -132,8 +132,11 @@ def _remote_errors(url: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{url} needs another package: {error}") from error
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise ShardError(f"cannot read {url}: {reason.splitlines()[0]}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__} {cause}".splitlines()[0]
+        raise ShardError(f"cannot read {url}: {reason}") from error
 
 
 class HashingStream(io.RawIOBase):

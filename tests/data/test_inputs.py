@@ -1,8 +1,11 @@
 """Every kind of input gives the same bytes: JSON lines packed any way, Parquet, URLs."""
 
+import functools
 import gzip
+import http.server
 import io
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -113,3 +116,22 @@ def test_urls_that_cannot_be_read_are_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"nowhere://x\.json"):
         preprocess(["nowhere://x.json"], *run)
     assert not Path(f"{tmp_path}/b_text_document.bin").exists()
+
+
+def test_a_web_server_serves_shards(tokenizer, tmp_path):
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    (tmp_path / "c4.json.gz").write_bytes(packed(".gz"))
+    preprocess([str(tmp_path / "c4.json.gz")], str(tmp_path / "a"), tokenizer.model_path)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/c4.json.gz"
+        preprocess([url], str(tmp_path / "b"), tokenizer.model_path, workers=2)
+        server.shutdown()
+    assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
