@@ -4,8 +4,10 @@ gigatoken reads control pieces that a text merely spells ("</s>", "<s>": a line 
 control pieces themselves; such texts go to SentencePiece.
 """
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,22 +26,17 @@ class GigatokenTokenizer(SentencePieceTokenizer):
 
     def __init__(self, model_path: str | Path) -> None:
         super().__init__(model_path)
-        self._load()
-        control = [
-            re.escape(self._processor.id_to_piece(i))
-            for i in range(self.vocab_size)
-            if self._processor.is_control(i) or self._processor.is_unknown(i)
-        ]
-        control += map(re.escape, self._fast._special_tokens())
-        self._control = re.compile("|".join(control))
-
-    def _load(self) -> None:
-        try:
-            import gigatoken
-        except ImportError as error:
+        if importlib.util.find_spec("gigatoken") is None:
             raise UserError(
                 "--tokenizer-backend gigatoken needs the package gigatoken: pip install gigatoken"
-            ) from error
+            )
+        # Loading takes a moment: a process that encodes nothing goes without.
+        self._fast: Any = None
+        self._text_left = 0
+
+    def _load(self) -> None:
+        import gigatoken
+
         try:
             self._fast = gigatoken.Tokenizer.from_sentencepiece(self._model)
         except Exception as error:
@@ -48,6 +45,13 @@ class GigatokenTokenizer(SentencePieceTokenizer):
                 "use --tokenizer-backend sentencepiece"
             ) from error
         self._text_left = _CACHE_TEXT
+        control = {
+            self._processor.id_to_piece(i)
+            for i in range(self.vocab_size)
+            if self._processor.is_control(i) or self._processor.is_unknown(i)
+        }
+        control.update(self._fast._special_tokens())
+        self._control = re.compile("|".join(map(re.escape, sorted(control))))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._text_left <= 0:

@@ -170,7 +170,21 @@ def command_of(corpus, *more) -> list[str]:
     return [*command, "--tokenizer-model", str(corpus[2]), *more]
 
 
-def slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:
+@pytest.fixture
+def slow_run():
+    started = []
+
+    def start(*arguments):
+        started.append(start_slow_run(*arguments))
+        return started[-1]
+
+    yield start
+    for process, _ in started:
+        process.kill()
+        process.communicate()
+
+
+def start_slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:
     """A run in another process that waits, at work, for a shard that nobody writes yet."""
     write_shard(tmp_path / "slow.00000.json", make_texts(60, seed=0))
     os.mkfifo(tmp_path / "slow.00001.json")
@@ -183,7 +197,7 @@ def slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_state_to_go_on_from(tokenizer, tmp_path, number):
+def test_signals_leave_a_state_to_go_on_from(slow_run, tokenizer, tmp_path, number):
     process, corpus = slow_run(tmp_path, tokenizer, "--workers", "1")
     with pytest.raises(UserError, match=rf"another run works on .*process {process.pid} on "):
         preprocess(*corpus)
@@ -200,7 +214,7 @@ def test_signals_leave_a_state_to_go_on_from(tokenizer, tmp_path, number):
     assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
 
 
-def test_a_killed_run_leaves_no_lock(tokenizer, tmp_path):
+def test_a_killed_run_leaves_no_lock(slow_run, tokenizer, tmp_path):
     process, corpus = slow_run(tmp_path, tokenizer, "--workers", "2")
     process.kill()
     process.communicate()
