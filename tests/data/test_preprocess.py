@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import pair, write_shard
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import (
+    DType,
+    IndexedDataset,
+    IndexedDatasetBuilder,
+)
 
 from megatron_ttt.data import source
+from megatron_ttt.data.dataset import build_datasets
 from megatron_ttt.data.indexed import check_indexed
 from megatron_ttt.data.partial_file import PartialFile
 from megatron_ttt.data.preprocess import merge, preprocess
@@ -46,6 +51,37 @@ def test_files_are_those_of_megatron_core(shards, tokenizer, tmp_path, bos, eod)
     assert summary.documents == len(texts)
     assert summary.tokens == {"text": sum(map(len, documents))}
     assert summary.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_megatron_core_opens_the_files_and_they_decode_to_the_source(shards, tokenizer, tmp_path):
+    prefix = str(tmp_path / "c4_text_document")
+    preprocess(
+        [f"{shards[0]}/*.gz"],
+        str(tmp_path / "c4"),
+        tokenizer.model_path,
+        append_eod=True,
+        workers=2,
+    )
+    dataset = IndexedDataset(prefix)  # its documents are views: it must outlive them
+    documents = [ids.tolist() for ids in dataset[:]]
+    texts = [text for text in shards[1] if text]
+    assert [tokenizer.decode(ids) for ids in documents] == texts
+    tokens = [token for ids in documents for token in ids]
+    train, _ = build_datasets(
+        prefix,
+        None,
+        train_samples=(len(tokens) - 1) // 16,
+        validation_samples=0,
+        seq_length=16,
+        seed=3,
+        tokenizer=tokenizer,
+        cache_dir=tmp_path / "cache",
+    )
+    read = np.concatenate([train[i][:-1] for i in range(len(train))])
+    # The stream is shuffled by documents: an epoch's windows leave out less than one of them.
+    missing = np.bincount(tokens, minlength=330) - np.bincount(read, minlength=330)
+    assert missing.min() >= 0
+    assert missing.sum() == len(tokens) - len(read)
 
 
 def test_the_number_of_workers_changes_nothing(shards, tokenizer, tmp_path, monkeypatch):
