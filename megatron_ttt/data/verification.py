@@ -44,9 +44,10 @@ def verify(
     if samples:
         model = tokenizer_model or final["tokenizer_model"]
         compared, exact = _check_source(final, datasets, model, samples)
+        rest = "" if exact == compared else ", the others to its normalised form"
         yield (
             f"{compared} documents encoded anew from the source give the same ids; "
-            f"{exact} decode to the very text, the others to its normalised form"
+            f"{exact} decode to the very text{rest}"
         )
 
 

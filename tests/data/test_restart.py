@@ -14,7 +14,8 @@ from kill_preprocess import kill_test
 
 from megatron_ttt.data import tasks
 from megatron_ttt.data.partial_file import PartialFile
-from megatron_ttt.data.preprocess import preprocess
+from megatron_ttt.data.preprocess import merge, preprocess
+from megatron_ttt.data.workspace import Workspace
 from megatron_ttt.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_c4.py"
@@ -222,6 +223,23 @@ def test_a_killed_run_leaves_no_lock(slow_run, tokenizer, tmp_path):
     write_shard(tmp_path / "slow.00001.json", make_texts(60, seed=1))
     preprocess(*corpus)
     assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
+
+
+def test_parts_of_an_array_work_side_by_side_and_each_only_once(corpus, tmp_path):
+    expected = reference(corpus, tmp_path)
+    with Workspace(corpus[1]).locked("0-of-2"):
+        with pytest.raises(UserError, match="another run works on"):
+            preprocess(*corpus, array=(0, 2))
+        with pytest.raises(UserError, match="another run works on"):
+            preprocess(*corpus)
+        with pytest.raises(UserError, match="another run works on"):
+            merge(corpus[1])
+        preprocess(*corpus, array=(1, 2))
+    preprocess(*corpus, array=(0, 2))
+    with pytest.raises(UserError, match="was planned with other shards"):
+        preprocess([f"{tmp_path}/c4-train.00000*"], *corpus[1:], array=(0, 2))
+    merge(corpus[1])
+    assert pair(f"{corpus[1]}_text_document") == expected
 
 
 @pytest.mark.timeout(300)
