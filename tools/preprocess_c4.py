@@ -1,46 +1,129 @@
 #!/usr/bin/env python
-"""Tokenize C4 shards into Megatron's `.bin`/`.idx`.
+"""Tokenize C4 shards into Megatron's `.bin`/`.idx`, and look after the result.
 
     python tools/preprocess_c4.py --input 'c4/en/c4-train.*.json.gz' --output-prefix data/c4-train \
         --tokenizer-model tokenizer.model --prepend-bos --append-eod --workers 16
 
-writes `data/c4-train_text_document.bin` and `.idx`.
+writes `data/c4-train_text_document.bin` and `.idx`. The same command goes on where it was stopped.
+
+    python tools/preprocess_c4.py verify --output-prefix data/c4-train    sizes, checksums, contents
+    python tools/preprocess_c4.py stats --output-prefix data/c4-train     documents, tokens, lengths
+    python tools/preprocess_c4.py peek --output-prefix data/c4-train      documents as text
+    python tools/preprocess_c4.py merge --output-prefix data/c4-train     after the parts of --array
 """
 
 import argparse
 import sys
 
-from megatron_ttt.data.preprocess import available_cpus, preprocess
+from megatron_ttt.data.inspection import peek, stats
+from megatron_ttt.data.local_engine import available_cpus
+from megatron_ttt.data.preprocess import ENGINES, SPLITS, merge, preprocess
+from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.tasks import ON_ERROR
+from megatron_ttt.data.tokenizer import BACKENDS
+from megatron_ttt.data.verification import verify
 from megatron_ttt.errors import UserError, run_command
 
 
 def main() -> None:
+    verbs = {"verify": verify_command, "stats": stats_command, "peek": peek_command}
+    verbs["merge"] = merge_command
+    if len(sys.argv) > 1 and sys.argv[1] in verbs:
+        parser = argparse.ArgumentParser(prog=f"preprocess_c4.py {sys.argv[1]}")
+        parser.add_argument("--output-prefix", required=True, help="as it was given to the build")
+        verbs[sys.argv[1]](parser, sys.argv[2:])
+    else:
+        build_command(sys.argv[1:])
+
+
+def build_command(arguments: list[str]) -> None:
+    """No verb."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="C4 shards")
-    parser.add_argument("--output-prefix", required=True, help="path of the output, no suffix")
-    parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model file")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="default: text")
-    parser.add_argument("--append-eod", action="store_true", help="EOS after each document")
-    parser.add_argument("--prepend-bos", action="store_true", help="BOS before each document")
-    parser.add_argument(
-        "--workers", type=int, default=available_cpus(), help="processes; default: all cores"
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="shards: paths, globs, fsspec URLs; .json(l), .json(l).gz, .json(l).zst, .parquet",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    args = parser.parse_args()
+    add("--output-prefix", required=True, help="path of the output, no suffix")
+    add("--tokenizer-model", required=True, help="SentencePiece .model file or tokenizer.json")
+    add("--tokenizer-backend", choices=BACKENDS, help="default: by the model file's name")
+    add("--json-keys", nargs="+", default=["text"], help="default: text")
+    add("--append-eod", action="store_true", help="EOS after each document")
+    add("--prepend-bos", action="store_true", help="BOS before each document")
+    add("--split", choices=SPLITS, default="none", help="train and validation: by shard name, hash")
+    add("--validation-fraction", type=float, default=0.0, help="of the documents; --split hash")
+    add("--groups", type=int, default=1, help="pairs of consecutive shards; default: one for all")
+    add("--on-error", choices=ON_ERROR, default="fail", help="bad lines and shards; default: fail")
+    add("--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, help="a longer line is bad")
+    add("--workers", type=int, default=available_cpus(), help="processes; default: all cores")
+    add("--engine", choices=ENGINES, default="local", help="ray: the cluster at RAY_ADDRESS")
+    add("--array", metavar="I/N", help="do the I-th (from 0) of N ranges of shards; then: merge")
+    add("--overwrite", action="store_true", help="replace existing output")
+    args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}; give at least 1")
     preprocess(
         args.input,
         args.output_prefix,
         args.tokenizer_model,
+        backend=args.tokenizer_backend,
         json_keys=args.json_keys,
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,
+        split=args.split,
+        validation_fraction=args.validation_fraction,
+        groups=args.groups,
+        max_document_bytes=args.max_document_bytes,
+        on_error=args.on_error,
+        engine=args.engine,
         workers=args.workers,
+        array=_array(args.array),
         overwrite=args.overwrite,
     )
+
+
+def _array(value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        index, count = map(int, value.split("/"))
+    except ValueError:
+        raise UserError(f"--array is {value!r}; give I/N, the first of four parts is 0/4") from None
+    return index, count
+
+
+def verify_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("--tokenizer-model", help="default: the one of the build")
+    parser.add_argument("--samples", type=int, default=64, help="documents held against the source")
+    args = parser.parse_args(arguments)
+    for line in verify(args.output_prefix, args.tokenizer_model, args.samples):
+        print(line, flush=True)
+
+
+def stats_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("--plot", metavar="FILE.png", help="histograms of the lengths")
+    args = parser.parse_args(arguments)
+    print(stats(args.output_prefix, args.plot))
+
+
+def peek_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("--tokenizer-model", help="default: the one of the build")
+    parser.add_argument("--first", type=int, default=0, help="number of the first document, from 0")
+    parser.add_argument("--documents", type=int, default=3, help="how many; default: 3")
+    args = parser.parse_args(arguments)
+    for line in peek(args.output_prefix, args.tokenizer_model, args.first, args.documents):
+        print(line)
+
+
+def merge_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("--on-error", choices=ON_ERROR, default="fail", help="accept what skipped")
+    args = parser.parse_args(arguments)
+    merge(args.output_prefix, args.on_error)
 
 
 if __name__ == "__main__":

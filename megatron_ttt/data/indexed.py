@@ -8,6 +8,9 @@ documents + 1 = D (u64), sequence lengths (int32 [S]), byte offsets of the seque
 
 import os
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from megatron_ttt.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+CHUNK_DOCUMENTS = 1 << 18
+"""Documents of an index that are in memory at one time."""
+_REMEDY = "run the preprocessing again"
 _DTYPE_CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
@@ -35,40 +41,53 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 class IndexedWriter:
-    """Writes a pair, document by document, under partial names until `publish`."""
+    """Writes a pair, document by document, under partial names until `publish`.
+
+    Memory does not grow with the documents: their lengths wait in a nameless file on the disk.
+    """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.tokens = 0
+        self.tokens = self.documents = 0
         self._dtype = dtype
-        self._lengths: list[np.ndarray] = []
+        self._finished = False
         self._bin = PartialFile(bin_path(prefix))
         self._idx = PartialFile(idx_path(prefix))
+        self._lengths = tempfile.TemporaryFile(dir=self._bin.path.parent)  # noqa: SIM115
 
     def append(self, tokens: bytes, lengths: np.ndarray) -> None:
         """Add documents: their tokens in the pair's dtype, their lengths as int32 [documents]."""
-        self._bin.stream.write(tokens)
-        self._lengths.append(lengths)
+        self._bin.write(tokens)
+        self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
         self.tokens += len(tokens) // self._dtype.itemsize
+        self.documents += len(lengths)
+
+    def finish(self) -> dict[str, dict]:
+        """Write the index and bring both files to the disk, still under partial names.
+
+        Returns the size in bytes and the SHA-256 of the two, under "bin" and "idx".
+        """
+        if not self._finished:
+            self._write_index()
+            self._bin.flush()
+            self._idx.flush()
+            self._finished = True
+        sizes = {
+            "bin": self.tokens * self._dtype.itemsize,
+            "idx": _HEADER.size + 12 * self._sequences + 8 * (self.documents + 1),
+        }
+        files = {"bin": self._bin, "idx": self._idx}
+        return {
+            name: {"size": sizes[name], "sha256": file.sha256.hexdigest()}
+            for name, file in files.items()
+        }
 
     def publish(self) -> None:
-        """Write the index and give both files their names, the .idx last: it makes the pair whole.
+        """Give both files their names, the .idx last: it makes the pair whole.
 
         Replacing an older pair takes its .idx away first, so that a crash in between leaves no
         .idx that belongs to another .bin.
         """
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
-        # As in Megatron's tool, a document without tokens has no sequence but keeps its entry.
-        documents = np.concatenate([[0], np.cumsum(lengths > 0)])
-        lengths = lengths[lengths > 0]
-        offsets = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        code = next(c for c, name in _DTYPE_CODES.items() if np.dtype(name) == self._dtype)
-        self._idx.stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(documents)))
-        self._idx.stream.write(lengths.astype("<i4").tobytes())
-        self._idx.stream.write((offsets * self._dtype.itemsize).astype("<i8").tobytes())
-        self._idx.stream.write(documents.astype("<i8").tobytes())
-        self._bin.flush()
-        self._idx.flush()
+        self.finish()
         self._idx.path.unlink(missing_ok=True)
         self._bin.publish()
         self._idx.publish()
@@ -77,6 +96,33 @@ class IndexedWriter:
         """Remove what `publish` has not given a name."""
         self._bin.discard()
         self._idx.discard()
+        with suppress(OSError):  # a full disk once more, while the buffer is flushed
+            self._lengths.close()
+
+    def _length_chunks(self) -> Iterator[np.ndarray]:
+        self._lengths.seek(0)
+        while chunk := self._lengths.read(4 * CHUNK_DOCUMENTS):
+            yield np.frombuffer(chunk, "<i4")
+
+    def _write_index(self) -> None:
+        # As in Megatron's tool, a document without tokens has no sequence but keeps its entry.
+        self._sequences = sum(int(np.count_nonzero(chunk)) for chunk in self._length_chunks())
+        code = next(c for c, name in _DTYPE_CODES.items() if np.dtype(name) == self._dtype)
+        write = self._idx.write
+        write(_HEADER.pack(_MAGIC, 1, code, self._sequences, self.documents + 1))
+        for lengths in self._length_chunks():
+            write(lengths[lengths > 0].tobytes())
+        offset = 0
+        for lengths in self._length_chunks():
+            ends = offset + np.cumsum(lengths[lengths > 0], dtype="<i8") * self._dtype.itemsize
+            write(np.concatenate([[offset], ends])[:-1].astype("<i8").tobytes())
+            offset = int(ends[-1]) if len(ends) else offset
+        first = 0
+        write(np.zeros(1, "<i8").tobytes())
+        for lengths in self._length_chunks():
+            firsts = first + np.cumsum(lengths > 0, dtype="<i8")
+            write(firsts.tobytes())
+            first = int(firsts[-1])
 
 
 @dataclass(frozen=True)
@@ -87,6 +133,46 @@ class IndexedInfo:
     sequences: int
     documents: int
     tokens: int
+
+
+class Index:
+    """An .idx file, mapped: `lengths` int32 [sequences], `offsets` in bytes int64 [sequences],
+    `documents` int64 [documents + 1].
+
+    Raises `UserError` for a missing, truncated or foreign file; the entries are not scanned.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        path = idx_path(prefix)
+        try:
+            size = os.path.getsize(path)
+            with open(path, "rb") as stream:
+                header = stream.read(_HEADER.size)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if header[: len(_MAGIC)] != _MAGIC:
+            raise UserError(f"{path} is not a Megatron index (bad magic); {_REMEDY}")
+        if len(header) < _HEADER.size:
+            raise UserError(f"{path} is truncated inside its header; {_REMEDY}")
+        _, version, code, sequences, documents = _HEADER.unpack(header)
+        if version != 1 or code not in _DTYPE_CODES:
+            raise UserError(f"{path} has version {version}, dtype code {code}: unknown; {_REMEDY}")
+        expected = _HEADER.size + 12 * sequences + 8 * documents
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes where its header says {expected}; {_REMEDY}")
+        self.dtype = np.dtype(_DTYPE_CODES[code])
+        content = np.memmap(path, np.uint8, "r", offset=0)[_HEADER.size :]
+        self.lengths = content[: 4 * sequences].view("<i4")
+        self.offsets = content[4 * sequences : 12 * sequences].view("<i8")
+        self.documents = content[12 * sequences :].view("<i8")
+
+    def tokens_per_document(self) -> Iterator[np.ndarray]:
+        """The number of tokens of each document, in chunks, int64; 0 for an empty one."""
+        for start in range(0, len(self.documents) - 1, CHUNK_DOCUMENTS):
+            bounds = np.array(self.documents[start : start + CHUNK_DOCUMENTS + 1])
+            sequences = np.array(self.lengths[bounds[0] : bounds[-1]])
+            ends = np.concatenate([[0], np.cumsum(sequences, dtype=np.int64)])
+            yield np.diff(ends[bounds - bounds[0]])
 
 
 def check_indexed(prefix: str | Path) -> IndexedInfo:
@@ -102,32 +188,16 @@ def check_indexed(prefix: str | Path) -> IndexedInfo:
                 f"{path} not found; a dataset is named by its prefix, without .bin and .idx, "
                 "and made by tools/preprocess_c4.py"
             )
-    remedy = "run the preprocessing again"
-    try:
-        idx_size, bin_size = os.path.getsize(idx), os.path.getsize(bin_)
-        with open(idx, "rb") as stream:
-            header = stream.read(_HEADER.size)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    if header[: len(_MAGIC)] != _MAGIC:
-        raise UserError(f"{idx} is not a Megatron index (bad magic); {remedy}")
-    if len(header) < _HEADER.size:
-        raise UserError(f"{idx} is truncated inside its header; {remedy}")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPE_CODES:
-        raise UserError(f"{idx} has version {version}, dtype code {code}: unknown; {remedy}")
-    expected = _HEADER.size + 12 * sequences + 8 * documents
-    if idx_size != expected:
-        raise UserError(f"{idx} has {idx_size} bytes where its header says {expected}; {remedy}")
-    dtype = np.dtype(_DTYPE_CODES[code])
+    index = Index(prefix)
+    sequences, documents = len(index.lengths), len(index.documents)
     if sequences == 0 or documents == 0:
-        raise UserError(f"{prefix} holds no tokens; {remedy}")
-    index = np.memmap(idx, np.uint8, "r")
-    last_length = index[_HEADER.size + 4 * (sequences - 1) :][:4].view("<i4")[0]
-    last_offset = index[_HEADER.size + 12 * sequences - 8 :][:8].view("<i8")[0]
-    if index[-8:].view("<i8")[0] != sequences:
-        raise UserError(f"{idx} is corrupt (its documents do not end with its sequences); {remedy}")
-    expected = int(last_offset) + int(last_length) * dtype.itemsize
+        raise UserError(f"{prefix} holds no tokens; {_REMEDY}")
+    if index.documents[-1] != sequences:
+        raise UserError(
+            f"{idx} is corrupt (its documents do not end with its sequences); {_REMEDY}"
+        )
+    bin_size = os.path.getsize(bin_)
+    expected = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
     if bin_size != expected:
-        raise UserError(f"{bin_} has {bin_size} bytes where its .idx says {expected}; {remedy}")
-    return IndexedInfo(dtype, sequences, documents - 1, bin_size // dtype.itemsize)
+        raise UserError(f"{bin_} has {bin_size} bytes where its .idx says {expected}; {_REMEDY}")
+    return IndexedInfo(index.dtype, sequences, documents - 1, bin_size // index.dtype.itemsize)

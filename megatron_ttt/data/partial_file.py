@@ -1,6 +1,9 @@
 """Files that appear under their name only when they are whole."""
 
+import hashlib
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,16 +11,25 @@ from megatron_ttt.errors import UserError
 
 
 class PartialFile:
-    """A file written as `NAME.PID.partial` beside its place and renamed into it by `publish`."""
+    """A file written as `NAME.HOST.PID.partial` beside its place and renamed into it by `publish`.
+
+    `write` keeps the SHA-256 of what it wrote in `sha256`; writing to `stream` does not.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.sha256 = hashlib.sha256()
+        self._partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.stream: BinaryIO = open(self._partial, "wb")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, content: bytes) -> None:
+        """Append to the file and to its checksum."""
+        self.stream.write(content)
+        self.sha256.update(content)
 
     def flush(self) -> None:
         """Bring the content to the disk, still under the partial name."""
@@ -36,8 +48,27 @@ class PartialFile:
 
     def discard(self) -> None:
         """Remove what was written; nothing happens after `publish`."""
-        self.stream.close()
+        with suppress(OSError):  # a full disk once more, while the buffer is flushed
+            self.stream.close()
         self._partial.unlink(missing_ok=True)
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Write a small file that is whole or not there, whatever happens in between."""
+    file = PartialFile(path)
+    try:
+        file.write(content)
+        file.flush()
+        file.publish()
+    finally:
+        file.discard()
+
+
+def remove_partials(folder: Path, prefix: str = "") -> None:
+    """Remove what a killed process left in a folder under names that begin with `prefix`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(prefix) and path.name.endswith(".partial"):
+            path.unlink(missing_ok=True)
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:

@@ -1,105 +1,43 @@
-"""Documents -> token ids -> `.bin`/`.idx`, on several processes.
+"""Documents -> token ids -> `.bin`/`.idx`: a run, from its arguments to its datasets.
 
-The parent reads raw lines and deals them out in batches; workers parse, encode and hand back bytes,
-which the parent appends in the order of the batches: the output does not depend on their number.
+A run is one task for each input shard, then a merge. What is done is never done twice: the same
+command goes on where an earlier one stopped, whatever stopped it.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from megatron_ttt.data import indexed
+from megatron_ttt.data.encoder import Encoder, Options
+from megatron_ttt.data.local_engine import encode_in_order
+from megatron_ttt.data.merge import merge_tasks, planned_outputs
 from megatron_ttt.data.partial_file import refuse_existing
-from megatron_ttt.data.reader import MalformedLines, find_shards, parse_lines, read_lines
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.data.progress import Progress
+from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.source import find_shards
+from megatron_ttt.data.tasks import shard_items, write_tasks
+from megatron_ttt.data.tokenizer import default_backend
+from megatron_ttt.data.workspace import Plan, Workspace, refuse_other_options
 from megatron_ttt.errors import UserError
 
-_BATCH_BYTES = 1 << 18
-_PROGRESS_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive raw lines of one shard."""
-
-    shard: Path
-    first_line_number: int
-    lines: list[bytes]
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """The documents of a batch; `columns` has one (tokens, lengths int32 [documents]) per key."""
-
-    shard: Path
-    columns: list[tuple[bytes, np.ndarray]]
-    documents: int
-    text_bytes: int
-    malformed: list[tuple[int, str]]
+ENGINES = ("local", "ray")
+SPLITS = ("none", "name", "hash")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of `preprocess` read and wrote; `tokens` has one entry per JSON key."""
+    """What the datasets of a run hold; `tokens` has one entry per JSON key."""
 
     documents: int
     tokens: dict[str, int]
     text_bytes: int
     malformed_lines: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How a document becomes token ids: ids, BOS before and EOS after unless it has no tokens."""
-
-    tokenizer: SentencePieceTokenizer
-    json_keys: tuple[str, ...]
-    append_eod: bool
-    prepend_bos: bool
-
-    def encode(self, batch: Batch) -> EncodedBatch:
-        dtype = indexed.token_dtype(self.tokenizer.vocab_size)
-        columns: list[list[bytes]] = [[] for _ in self.json_keys]
-        text_bytes = 0
-        malformed: list[tuple[int, str]] = []
-
-        def report(line_number: int, reason: str) -> None:
-            malformed.append((line_number, reason))
-
-        for texts in parse_lines(batch.lines, self.json_keys, report, batch.first_line_number):
-            for column, text in zip(columns, texts):
-                text_bytes += len(text.encode())
-                column.append(np.array(self._encode_text(text), dtype).tobytes())
-        return EncodedBatch(
-            shard=batch.shard,
-            columns=[
-                (b"".join(column), np.array([len(d) // dtype.itemsize for d in column], np.int32))
-                for column in columns
-            ],
-            documents=len(columns[0]),
-            text_bytes=text_bytes,
-            malformed=malformed,
-        )
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
-        if ids and self.prepend_bos:
-            ids.insert(0, self.tokenizer.bos_id)
-        if ids and self.append_eod:
-            ids.append(self.tokenizer.eos_id)
-        return ids
+    skipped_shards: int
 
 
 def preprocess(
@@ -107,152 +45,190 @@ def preprocess(
     output_prefix: str,
     tokenizer_model: str | Path,
     *,
+    backend: str | None = None,
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
     prepend_bos: bool = False,
+    split: str = "none",
+    validation_fraction: float = 0.0,
+    groups: int = 1,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    on_error: str = "fail",
+    engine: str = "local",
     workers: int = 1,
+    array: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> Summary:
+) -> Summary | None:
     """Tokenize the shards that match `inputs` into `PREFIX_KEY_document.{bin,idx}` for each key.
 
     The files are byte for byte those of Megatron-LM's `tools/preprocess_data.py`. Nothing stands
-    under their names before all of it is written. Raises `UserError` for unreadable input,
-    existing output, input without a token, and a model without the piece an option needs.
+    under their names before all of it is written. `array` (i, n) does the i-th of n ranges of the
+    shards and no merge, and returns None.
+
+    Raises `UserError` for input that cannot be read or holds no tokens (`on_error` "skip": leaves
+    out what is bad), existing output, a run with other options under the same prefix, another run
+    at work on it, and a model without the piece an option needs.
+    SIGINT and SIGTERM end the process with 128 plus their number.
     """
-    prefixes = {key: f"{output_prefix}_{key}_document" for key in json_keys}
-    outputs = [path(p) for p in prefixes.values() for path in (indexed.bin_path, indexed.idx_path)]
-    refuse_existing(outputs, overwrite)
+    options = Options(
+        tokenizer_model=os.path.abspath(tokenizer_model),
+        backend=backend or default_backend(tokenizer_model),
+        json_keys=tuple(json_keys),
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        split=split,
+        validation_fraction=validation_fraction,
+        groups=groups,
+        max_document_bytes=max_document_bytes,
+    )
+    _check(options, array, overwrite)
+    encoder = Encoder(options)
     shards = find_shards(inputs)
-    tokenizer = SentencePieceTokenizer(tokenizer_model)
-    if append_eod and tokenizer.eos_id < 0:
-        raise UserError(f"{tokenizer_model} has no EOS piece; leave --append-eod out")
-    if prepend_bos and tokenizer.bos_id < 0:
-        raise UserError(f"{tokenizer_model} has no BOS piece; leave --prepend-bos out")
-    encoder = Encoder(tokenizer, tuple(json_keys), append_eod, prepend_bos)
+    plan = Plan(options.fingerprint(encoder.tokenizer), tuple(shards), options.tokenizer_model)
+    workspace = Workspace(os.path.abspath(output_prefix))
+    part = f"{array[0]}-of-{array[1]}" if array else ""
+    with _stop_on_signals(), workspace.locked(part):
+        with workspace.planning():
+            final = _begin(workspace, plan, overwrite, array is not None)
+        if final is not None:
+            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
+            return _summary(final)
+        if array:
+            index, count = array
+            shards = shards[index * len(shards) // count : (index + 1) * len(shards) // count]
+        todo = [shard for shard in shards if workspace.manifest(shard, on_error) is None]
+        log = Path(f"{workspace.output_prefix}{f'.{part}' if part else ''}.log")
+        progress = Progress(log, todo)
+        try:
+            if len(todo) < len(shards):
+                progress.note(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
+            if engine == "ray":
+                from megatron_ttt.data.ray_engine import run_on_ray
 
-    dtype = indexed.token_dtype(tokenizer.vocab_size)
-    malformed = MalformedLines()
-    progress = _Progress()
-    writers: dict[str, indexed.IndexedWriter] = {}
-    try:
-        for key, prefix in prefixes.items():
-            writers[key] = indexed.IndexedWriter(prefix, dtype)
-        for batch in _encode_in_order(_batches(shards), encoder, workers):
-            for writer, (tokens, lengths) in zip(writers.values(), batch.columns):
-                writer.append(tokens, lengths)
-            for line_number, reason in batch.malformed:
-                malformed.add(batch.shard, line_number, reason)
-            progress.add(batch, sum(writer.tokens for writer in writers.values()))
-        for key, writer in writers.items():
-            if writer.tokens == 0:
-                raise UserError(
-                    f"no tokens under the key {key!r} in {', '.join(inputs)} "
-                    f"({malformed.count} malformed lines); check --input and --json-keys"
+                run_on_ray(workspace, todo, options, plan.options, on_error, progress)
+            else:
+                items = encode_in_order(shard_items(todo, options), encoder, workers)
+                write_tasks(
+                    workspace, todo, items, options, plan.options, encoder.dtype, on_error, progress
                 )
-        for writer in writers.values():
-            writer.publish()
-    except OSError as error:
-        raise UserError(f"cannot write {output_prefix}: {error.strerror or error}") from error
-    finally:
-        for writer in writers.values():
-            writer.discard()
-    progress.print()
-    if malformed.count:
-        print(f"skipped {malformed.count} malformed lines", file=sys.stderr)
-    return Summary(
-        documents=progress.documents,
-        tokens={key: writer.tokens for key, writer in writers.items()},
-        text_bytes=progress.text_bytes,
-        malformed_lines=malformed.count,
-        seconds=time.perf_counter() - progress.start,
-    )
+            if array:
+                return None
+            final = merge_tasks(workspace, plan, on_error)
+            progress.note(f"published {', '.join(final['outputs'])}")
+            return _summary(final)
+        finally:
+            progress.close()
 
 
-def _batches(shards: Iterable[Path]) -> Iterator[Batch]:
-    for shard in shards:
-        first, lines, size = 1, [], 0
-        for line in read_lines(shard):
-            lines.append(line)
-            size += len(line)
-            if size >= _BATCH_BYTES:
-                yield Batch(shard, first, lines)
-                first, lines, size = first + len(lines), [], 0
-        yield Batch(shard, first, lines)
+def merge(output_prefix: str, on_error: str = "fail") -> Summary:
+    """Publish the datasets of a run whose parts (`array`) are all done.
+
+    Raises `UserError` where a shard is missing, and with `on_error` "fail" where one was skipped.
+    """
+    workspace = Workspace(os.path.abspath(output_prefix))
+    if not workspace.folder.is_dir():
+        if (final := workspace.load_final()) is not None:
+            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
+            return _summary(final)
+        raise UserError(f"{workspace.folder} not found; run the parts of the build first")
+    with _stop_on_signals(), workspace.locked():
+        plan = workspace.load_plan()
+        if plan is None:
+            raise UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
+        return _summary(merge_tasks(workspace, plan, on_error))
 
 
-def _encode_in_order(
-    batches: Iterable[Batch], encoder: Encoder, workers: int
-) -> Iterator[EncodedBatch]:
-    """Encode in this process (one worker) or on a pool that holds a bounded number of batches."""
-    if workers == 1:
-        yield from map(encoder.encode, batches)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (encoder.tokenizer.model_path, encoder.json_keys, encoder.append_eod, encoder.prepend_bos),
-    )
-    pending = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) >= 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
+def _check(options: Options, array: tuple[int, int] | None, overwrite: bool) -> None:
+    if options.split == "hash" and not 0 < options.validation_fraction < 1:
         raise UserError(
-            "a worker process died, often for want of memory; try fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+            f"--split hash needs a --validation-fraction between 0 and 1, not "
+            f"{options.validation_fraction}"
+        )
+    if options.split != "hash" and options.validation_fraction:
+        raise UserError("--validation-fraction goes with --split hash; leave it out")
+    if options.groups < 1:
+        raise UserError(f"--groups is {options.groups}; give at least 1")
+    if len(set(options.json_keys)) < len(options.json_keys):
+        raise UserError(f"--json-keys {' '.join(options.json_keys)} names one twice")
+    if array and not 0 <= array[0] < array[1]:
+        raise UserError(f"--array {array[0]}/{array[1]} is no part; the first is 0/{array[1]}")
+    if array and overwrite:
+        raise UserError("--array does not go with --overwrite; remove the old output first")
 
 
-def _start_worker(model_path: Path, *options) -> None:
-    global _worker_encoder
-    # Ctrl-C reaches the whole process group: the parent answers it, and ends the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
-    _worker_encoder = Encoder(SentencePieceTokenizer(model_path), *options)
+def _begin(workspace: Workspace, plan: Plan, overwrite: bool, array: bool) -> dict | None:
+    """Make the folder ready for the plan; the final manifest where all of it is done already."""
+    outputs = planned_outputs(workspace.output_prefix, plan)
+    files = [path for output in outputs for path in output.files]
+    before, final = workspace.load_plan(), workspace.load_final()
+    if before is None and final is not None and not overwrite:
+        refuse_other_options(workspace.output_prefix, final["options"], plan.options)
+        made_from = [(s["url"], s["listed_size"], s["modified"]) for s in final["shards"]]
+        if made_from != [(shard.url, shard.size, shard.modified) for shard in plan.shards]:
+            raise UserError(
+                f"{workspace.output_prefix} was made from other shards, or they have changed; "
+                "choose another --output-prefix or give --overwrite"
+            )
+        if all(path.exists() for path in files):
+            return final
+    if before is not None and before.options != plan.options:
+        if not overwrite:
+            refuse_other_options(workspace.output_prefix, before.options, plan.options)
+        before = None
+    if before is None:
+        refuse_existing(files, overwrite or final is not None)
+        workspace.clear()
+        workspace.save_plan(plan)
+    elif before.shards != plan.shards:
+        if array and [s.url for s in before.shards] != [s.url for s in plan.shards]:
+            raise UserError(
+                f"{workspace.folder} was planned with other shards; give every part of the array "
+                "the same --input, or remove the folder to begin again"
+            )
+        workspace.save_plan(plan)
+    return None
 
 
-def _exit_with_the_parent() -> None:
-    """A pool whose parent was killed would wait for its next batch forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _summary(final: dict) -> Summary:
+    totals, tokens = final["totals"], dict.fromkeys(final["options"]["json_keys"], 0)
+    for output in final["outputs"].values():
+        tokens[output["key"]] += output["tokens"]
+    return Summary(
+        documents=totals["documents"],
+        tokens=tokens,
+        text_bytes=totals["text_bytes"],
+        malformed_lines=totals["malformed"],
+        skipped_shards=totals["skipped_shards"],
+    )
 
 
-def _encode_in_worker(batch: Batch) -> EncodedBatch:
-    return _worker_encoder.encode(batch)
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
 
 
-class _Progress:
-    """Counts what is done and prints it on stderr every few seconds."""
+@contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """End the work in an orderly way on SIGINT and SIGTERM: what is published stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.start = self._printed = time.perf_counter()
-        self.documents = self.text_bytes = self.tokens = 0
+    def stop(number: int, _frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(number)
 
-    def add(self, batch: EncodedBatch, tokens: int) -> None:
-        self.documents += batch.documents
-        self.text_bytes += batch.text_bytes
-        self.tokens = tokens
-        if time.perf_counter() - self._printed >= _PROGRESS_SECONDS:
-            self.print()
-
-    def print(self) -> None:
-        self._printed = time.perf_counter()
-        seconds = self._printed - self.start
-        megabytes = self.text_bytes / 1e6
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    except _Stopped as stopped:
+        number = stopped.args[0]
         print(
-            f"{self.documents:,} documents ({self.documents / seconds:,.0f}/s), "
-            f"{megabytes:,.1f} MB of text ({megabytes / seconds:.2f} MB/s), "
-            f"{self.tokens:,} tokens, {seconds:.1f} s",
+            f"stopped by {signal.Signals(number).name}; the same command goes on from here",
             file=sys.stderr,
         )
-
-
-def available_cpus() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,24 +1,61 @@
-"""C4 shards -> documents, streamed: shards in the order of their names, lines in order.
+"""C4 shards -> blocks of raw lines -> documents, streamed, lines in order.
 
-A shard is gzip'd or plain JSON lines; a document is the text under one or more keys of a line
-(C4: `text`, beside `timestamp` and `url`). A line that holds no document is counted and reported,
-and the reading goes on; a shard that cannot be read to its end is an error.
+A shard is JSON lines, gzip'd, zstd'd or plain, or Parquet; a document is the text under one or more
+keys of a line or a row (C4: `text`, beside `timestamp` and `url`). Reading cuts a shard into blocks
+without looking into the lines; parsing a block is another step, for another process.
 """
 
-import glob
-import gzip
+import io
 import json
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_ttt.data.source import (
+    HashingStream,
+    Shard,
+    ShardError,
+    decompressed,
+    local_shard,
+    open_raw,
+)
 from megatron_ttt.errors import UserError
 
-SHARD_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
+MAX_DOCUMENT_BYTES = 16 << 20
+"""A longer line (or row) is an error. Encoding takes about fifty times its bytes in memory."""
 
 MalformedLine = Callable[[int, str], None]
 """What is called for a line that holds no document: line number (from 1) and reason."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive lines of one shard, as they are stored; `table` marks an Arrow stream of rows.
+
+    `position` is where in the stored file the reading stood behind them. `fault` stands in place of
+    a line that was too long to be kept.
+    """
+
+    first_line: int
+    content: bytes
+    position: int
+    table: bool = False
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class ShardRead:
+    """A shard was read to its end: the size and the SHA-256 of the file as it is stored."""
+
+    size: int
+    sha256: str
 
 
 class MalformedLines:
@@ -28,7 +65,7 @@ class MalformedLines:
         self.count = 0
         self.shown = shown
 
-    def add(self, shard: Path, line_number: int, reason: str) -> None:
+    def add(self, shard: Shard | Path, line_number: int, reason: str) -> None:
         self.count += 1
         if self.count <= self.shown:
             print(f"skipped {shard}:{line_number}: {reason}", file=sys.stderr)
@@ -36,76 +73,164 @@ class MalformedLines:
             print("more malformed lines follow, counted but not shown", file=sys.stderr)
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """The files that match the glob patterns, each once, ordered by file name, then by path.
+def read_blocks(
+    shard: Shard, json_keys: Sequence[str] = ("text",), max_document: int = MAX_DOCUMENT_BYTES
+) -> Iterator[Block | ShardRead]:
+    """The blocks of one shard, then one `ShardRead`.
 
-    Raises `UserError` for a pattern without a match and for a file that is no JSON-lines shard.
+    Raises `ShardError` when the shard cannot be read to its end.
     """
-    shards: set[Path] = set()
-    for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        if not matches:
-            raise UserError(f"no file matches {pattern!r}; check the path and the quoting")
-        shards.update(matches)
-    for shard in sorted(shards):
-        if not shard.name.endswith(SHARD_SUFFIXES):
-            raise UserError(
-                f"{shard} is no shard this reader knows; it reads {', '.join(SHARD_SUFFIXES)}"
-            )
-    return sorted(shards, key=lambda shard: (shard.name, shard))
+    with open_raw(shard) as raw:
+        stream = HashingStream(raw)
+        if shard.name.endswith(".parquet"):
+            # Parquet is read from its end: one pass for the checksum, another for the rows.
+            stream.finish()
+            yield from _table_blocks(shard, raw, json_keys, stream.position)
+        else:
+            yield from _line_blocks(decompressed(shard, stream), stream, max_document)
+        sha256 = stream.finish()
+    yield ShardRead(stream.position, sha256)
 
 
-def read_lines(shard: Path) -> Iterator[bytes]:
-    """The raw lines of one shard. Raises `UserError` when it cannot be read to its end."""
+def _line_blocks(
+    chunks: Iterator[bytes], stream: HashingStream, max_document: int
+) -> Iterator[Block]:
+    """Cut chunks behind their last line break; a line over the limit is dropped as it comes in."""
+    first_line, held, held_bytes, dropping = 1, [], 0, False
+    for chunk in chunks:
+        if dropping:
+            end = chunk.find(b"\n") + 1
+            if not end:
+                continue
+            yield Block(first_line, b"", stream.position, fault=_too_long(max_document))
+            first_line, dropping, chunk = first_line + 1, False, chunk[end:]
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            content = b"".join([*held, chunk[:end]])
+            yield Block(first_line, content, stream.position)
+            first_line, held, held_bytes = first_line + content.count(b"\n"), [], 0
+        if end < len(chunk):
+            held.append(chunk[end:])
+            held_bytes += len(held[-1])
+        if held_bytes > max_document:
+            held, held_bytes, dropping = [], 0, True
+    if dropping:
+        yield Block(first_line, b"", stream.position, fault=_too_long(max_document))
+    elif held:
+        yield Block(first_line, b"".join(held), stream.position)
+
+
+def _too_long(max_document: int) -> str:
+    return f"the line is longer than {max_document} bytes (--max-document-bytes)"
+
+
+def _table_blocks(
+    shard: Shard, raw: Any, json_keys: Sequence[str], position: int
+) -> Iterator[Block]:
+    pyarrow, parquet = _pyarrow(shard)
+    first_row = 1
     try:
-        with gzip.open(shard) if shard.suffix == ".gz" else open(shard, "rb") as stream:
-            yield from stream
-    except EOFError:
-        raise UserError(
-            f"{shard} is truncated (its gzip stream has no end); fetch it again"
-        ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{shard} is corrupt ({error}); fetch it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {shard}: {error.strerror or error}") from error
+        raw.seek(0)
+        file = parquet.ParquetFile(raw)
+        missing = [key for key in json_keys if key not in file.schema_arrow.names]
+        if missing:
+            raise ShardError(f"{shard} has no column {missing[0]!r}; check --json-keys")
+        for batch in file.iter_batches(batch_size=128, columns=list(json_keys)):
+            content = io.BytesIO()
+            with pyarrow.ipc.new_stream(content, batch.schema) as writer:
+                writer.write_batch(batch)
+            yield Block(first_row, content.getvalue(), position, table=True)
+            first_row += batch.num_rows
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise ShardError(f"{shard} is corrupt ({error}); fetch it again") from error
 
 
-def parse_lines(
-    lines: Iterable[bytes],
+def _pyarrow(shard: Shard | str) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{shard} needs the package pyarrow: pip install pyarrow") from error
+    return pyarrow, pyarrow.parquet
+
+
+def parse_block(
+    block: Block,
     json_keys: Sequence[str],
     on_malformed: MalformedLine,
-    first_line_number: int = 1,
-) -> Iterator[tuple[str, ...]]:
-    """The texts under `json_keys` of each line. Blank lines are passed over."""
-    for line_number, line in enumerate(lines, first_line_number):
-        if not line.strip():
+    max_document: int = MAX_DOCUMENT_BYTES,
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line number and texts under `json_keys` of each line. Blank lines are passed over."""
+    if block.fault:
+        on_malformed(block.first_line, block.fault)
+        return
+    rows = _rows(block, json_keys) if block.table else block.content.split(b"\n")
+    for line_number, row in enumerate(rows, block.first_line):
+        if not block.table and (not row or row.isspace()):
             continue
         try:
-            yield _parse_line(line, json_keys)
+            if not block.table and len(row) > max_document:
+                raise ValueError(_too_long(max_document))
+            document = row if block.table else _parse_line(row)
+            texts = tuple(document.get(key) for key in json_keys)
+            for key, text in zip(json_keys, texts):
+                if not isinstance(text, str):
+                    raise ValueError(f"no string under the key {key!r}")
+                if block.table and len(text) > max_document:
+                    raise ValueError(_too_long(max_document))
+                if not text.isascii():
+                    # JSON's \ud800 can spell half a surrogate pair, which no tokenizer encodes.
+                    text.encode()
         except (ValueError, RecursionError) as error:
             on_malformed(line_number, str(error))
+        else:
+            yield line_number, texts
 
 
-def _parse_line(line: bytes, json_keys: Sequence[str]) -> tuple[str, ...]:
-    document = json.loads(line)
+def _parse_line(line: bytes) -> dict:
+    if orjson is not None:
+        try:
+            document = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            # Python's parser decides what is JSON, with orjson installed and without.
+            document = json.loads(line)
+    else:
+        document = json.loads(line)
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
+    return document
+
+
+def _rows(block: Block, json_keys: Sequence[str]) -> list[dict]:
+    pyarrow, _ = _pyarrow("a Parquet shard")
+    with pyarrow.ipc.open_stream(block.content) as reader:
+        table = reader.read_all()
+    columns = []
     for key in json_keys:
-        if not isinstance(document.get(key), str):
-            raise ValueError(f"no string under the key {key!r}")
-        # JSON's \ud800 escapes can spell half a surrogate pair, which no tokenizer can encode.
-        document[key].encode()
-    return tuple(document[key] for key in json_keys)
+        # A string column is checked for UTF-8 when it is read, value by value.
+        columns.append([_value(value) for value in table.column(key)])
+    return [dict(zip(json_keys, row)) for row in zip(*columns)]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def read_documents(
-    shards: Sequence[Path], malformed: MalformedLines, json_key: str = "text"
+    shards: Sequence[Shard | Path], malformed: MalformedLines, json_key: str = "text"
 ) -> Iterator[str]:
     """The documents of all shards in order; malformed lines go to `malformed`."""
-    for shard in shards:
+    for path in shards:
+        shard = path if isinstance(path, Shard) else local_shard(path)
 
-        def report(line_number: int, reason: str, shard: Path = shard) -> None:
+        def report(line_number: int, reason: str, shard: Shard = shard) -> None:
             malformed.add(shard, line_number, reason)
 
-        for (text,) in parse_lines(read_lines(shard), (json_key,), report):
-            yield text
+        for block in read_blocks(shard, (json_key,)):
+            if isinstance(block, Block):
+                for _, (text,) in parse_block(block, (json_key,), report):
+                    yield text

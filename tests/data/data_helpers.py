@@ -40,3 +40,8 @@ def numbered_documents(count: int, seed: int, first_id: int = 0) -> list[np.ndar
     """Documents of random length in which every token id occurs once: first_id, first_id + 1 ..."""
     lengths = np.random.default_rng(seed).integers(1, 90, count)
     return np.split(np.arange(first_id, first_id + lengths.sum()), np.cumsum(lengths)[:-1])
+
+
+def pair(prefix: str | Path) -> tuple[bytes, bytes]:
+    """The two files of a pair."""
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()

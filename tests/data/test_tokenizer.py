@@ -57,7 +57,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(shards, tmp_path, vocab_size)
 
 def test_errors_of_the_reader_reach_the_user(tmp_path):
     shard = tmp_path / "c4.json.gz"
-    shard.write_bytes(b"plain")
+    shard.write_bytes(b"plain text, and no gzip stream at all")
     with pytest.raises(UserError, match=r"c4\.json\.gz is corrupt"):
         train_tokenizer([str(shard)], str(tmp_path / "t"), 300)
 

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Time tools/preprocess_c4.py's build against bare SentencePiece on the same text.
+
+    python benchmarks/preprocess.py --input 'c4/c4-train.0000?-of-01024.json.gz' \
+        --tokenizer-model tokenizer.model [--rounds 5] [--workers 2] [--output FILE.json]
+
+Bare: `SentencePieceProcessor.encode(list, num_threads=WORKERS)` on the documents already in memory.
+The build: from the shards to published .bin/.idx, with SentencePiece and, where it is installed,
+with gigatoken; every build starts new worker processes, so their caches are cold. The sides take
+turns; the ratios are of medians, in wall time and in CPU time (user and system, workers included).
+A build of one short document gives the time that starting and stopping takes, which does not
+depend on the corpus; the ratios are printed with it and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_ttt.data.preprocess import preprocess
+from megatron_ttt.data.reader import MalformedLines, read_documents
+from megatron_ttt.data.source import find_shards
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children it has waited for."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    cpu, started = cpu_seconds(), time.perf_counter()
+    work()
+    return time.perf_counter() - started, cpu_seconds() - cpu
+
+
+def build(inputs: list[str], model: str, backend: str, workers: int) -> tuple[float, float]:
+    """One build into a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return timed(
+            lambda: preprocess(
+                inputs,
+                f"{folder}/c4",
+                model,
+                backend=backend,
+                append_eod=True,
+                workers=workers,
+            )
+        )
+
+
+def main() -> None:
+    """Take turns, print the ratios, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB")
+    parser.add_argument("--tokenizer-model", required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    texts = list(read_documents(find_shards(args.input), MalformedLines()))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    processor = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
+    backends = ["sentencepiece"]
+    backends += ["gigatoken"] if importlib.util.find_spec("gigatoken") else []
+
+    times: dict[str, list[tuple[float, float]]] = {"bare": []}
+    with tempfile.TemporaryDirectory() as folder:
+        short = Path(folder) / "short.json"
+        short.write_text(json.dumps({"text": "a short document"}) + "\n")
+        for _ in range(args.rounds):
+            bare = timed(lambda: processor.encode(texts, num_threads=args.workers))
+            times["bare"].append(bare)
+            for backend in backends:
+                run = (args.tokenizer_model, backend, args.workers)
+                times.setdefault(backend, []).append(build(args.input, *run))
+                times.setdefault(f"{backend}, start", []).append(build([str(short)], *run))
+
+    medians = {
+        side: [statistics.median(values) for values in zip(*pairs)] for side, pairs in times.items()
+    }
+    ratios = {}
+    for backend in backends:
+        for clock, bare, whole, start in zip(
+            ("wall", "cpu"), medians["bare"], medians[backend], medians[f"{backend}, start"]
+        ):
+            ratios[f"{backend} {clock}"] = round(bare / whole, 3)
+            ratios[f"{backend} {clock}, start left out"] = round(bare / (whole - start), 3)
+    report = {
+        "text_megabytes": round(megabytes, 2),
+        "documents": len(texts),
+        "workers": args.workers,
+        "rounds": args.rounds,
+        "python": platform.python_version(),
+        "megabytes_per_second": {
+            side: round(megabytes / wall, 2)
+            for side, (wall, _) in medians.items()
+            if not side.endswith("start")
+        },
+        "seconds_wall_cpu": {side: [round(x, 2) for x in pair] for side, pair in medians.items()},
+        "ratio_to_bare": ratios,
+    }
+    print(json.dumps(report, indent=1))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

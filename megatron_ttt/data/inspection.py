@@ -1,0 +1,154 @@
+"""Looking at finished datasets: what they are made of, how long their documents are, their text."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ttt.data.indexed import Index, bin_path, check_indexed
+from megatron_ttt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A pair: its index and its tokens, both mapped, and what its manifest says of it."""
+
+    prefix: str
+    index: Index
+    tokens: np.ndarray
+    entry: dict
+
+    def document(self, number: int) -> np.ndarray:
+        """The token ids of a document; none for an empty one."""
+        first, end = (int(i) for i in self.index.documents[number : number + 2])
+        if first == end:
+            return self.tokens[:0]
+        start = int(self.index.offsets[first]) // self.index.dtype.itemsize
+        return self.tokens[start : start + int(self.index.lengths[first:end].sum())]
+
+
+def open_run(output_prefix: str) -> tuple[dict, list[Dataset]]:
+    """The final manifest of a build, and its datasets.
+
+    Raises `UserError` where the build is not complete, or a file is missing or of another size.
+    """
+    prefix = os.path.abspath(output_prefix)
+    workspace = Workspace(prefix)
+    final = workspace.load_final()
+    if final is None:
+        hint = "the build has not ended" if workspace.folder.is_dir() else "run the build first"
+        raise UserError(f"{workspace.final_manifest} not found: {hint}")
+    datasets = []
+    for name, entry in final["outputs"].items():
+        path = str(Path(prefix).with_name(name))
+        check_indexed(path)
+        index = Index(path)
+        datasets.append(Dataset(path, index, np.memmap(bin_path(path), index.dtype, "r"), entry))
+    return final, datasets
+
+
+def run_tokenizer(final: dict, tokenizer_model: str | None) -> Tokenizer:
+    """The tokenizer a build was made with. Raises `UserError` for another one."""
+    path = tokenizer_model or final["tokenizer_model"]
+    tokenizer = load_tokenizer(path, final["options"]["backend"])
+    if tokenizer.sha256 != final["options"]["tokenizer"]:
+        raise UserError(f"{path} is not the tokenizer of the build; name it: --tokenizer-model")
+    return tokenizer
+
+
+def stats(output_prefix: str, plot: str | None = None) -> str:
+    """Documents, tokens and lengths of every dataset, as JSON; `plot` names a PNG to draw.
+
+    The quantiles are exact; memory grows with the longest document, not with their number.
+    """
+    final, datasets = open_run(output_prefix)
+    totals = final["totals"]
+    report: dict[str, Any] = {
+        "shards": len(final["shards"]),
+        "text_bytes": totals["text_bytes"],
+        "tokens_per_byte": totals["tokens"] / max(1, totals["text_bytes"]),
+        "malformed": totals["malformed"],
+        "skipped_shards": totals["skipped_shards"],
+        "datasets": {},
+    }
+    histograms = {}
+    for dataset in datasets:
+        counts = np.zeros(1, np.int64)
+        for lengths in dataset.index.tokens_per_document():
+            chunk = np.bincount(lengths, minlength=len(counts))
+            chunk[: len(counts)] += counts
+            counts = chunk
+        name = Path(dataset.prefix).name
+        histograms[name] = counts
+        report["datasets"][name] = _describe(counts) | {"dtype": dataset.index.dtype.name}
+    if plot:
+        _draw(histograms, plot)
+    return json.dumps(report, indent=1)
+
+
+def _describe(counts: np.ndarray) -> dict:
+    """`counts[n]` documents have n tokens."""
+    documents, tokens = int(counts.sum()), int((counts * np.arange(len(counts))).sum())
+    below = np.cumsum(counts)
+    quantiles = {
+        name: int(np.searchsorted(below, max(1, np.ceil(share * documents))))
+        for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+    }
+    return {
+        "documents": documents,
+        "empty": int(counts[0]),
+        "tokens": tokens,
+        "mean_length": round(tokens / documents, 1),
+        "min_length": int(np.flatnonzero(counts)[0]),
+    } | quantiles
+
+
+def _draw(histograms: dict[str, np.ndarray], plot: str) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UserError("--plot needs the package matplotlib: pip install matplotlib") from error
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    longest = max(map(len, histograms.values()))
+    edges = np.unique(np.geomspace(1, max(2, longest), 60).astype(int))
+    for name, counts in histograms.items():
+        lengths = np.arange(len(counts))
+        left.stairs(np.histogram(lengths, edges, weights=counts)[0], edges, label=name)
+        tokens = np.cumsum(counts * lengths)
+        right.plot(np.maximum(lengths, 1), tokens / tokens[-1], label=name)
+    left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
+    right.set(xscale="log", xlabel="tokens in a document", ylabel="share of tokens in shorter ones")
+    left.legend(fontsize="small")
+    try:
+        figure.savefig(plot, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write {plot}: {error.strerror}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def peek(
+    output_prefix: str, tokenizer_model: str | None = None, first: int = 0, count: int = 3
+) -> Iterator[str]:
+    """Some documents of every dataset, decoded, each under a line that says what it is."""
+    final, datasets = open_run(output_prefix)
+    tokenizer = run_tokenizer(final, tokenizer_model)
+    for dataset in datasets:
+        documents = len(dataset.index.documents) - 1
+        if not 0 <= first < documents:
+            raise UserError(
+                f"--first is {first}; {dataset.prefix} has documents 0..{documents - 1}"
+            )
+        for number in range(first, min(first + count, documents)):
+            ids = dataset.document(number)
+            yield f"--- {Path(dataset.prefix).name}: document {number}, {len(ids)} tokens"
+            yield tokenizer.decode(ids.tolist())

@@ -1,0 +1,180 @@
+"""The parts of all shards, one after the other, become the datasets of the run.
+
+`PREFIX_KEY_document.{bin,idx}`; with a split `PREFIX-train_KEY_document` and
+`PREFIX-validation_KEY_document`; with groups `PREFIX-00000-of-00004_KEY_document`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ttt.data.indexed import Index, IndexedWriter, bin_path, idx_path, token_dtype
+from megatron_ttt.data.partial_file import remove_partials
+from megatron_ttt.data.source import Shard
+from megatron_ttt.data.tasks import Counts
+from megatron_ttt.data.workspace import VERSION, Plan, Workspace, publish_json, stream_name
+from megatron_ttt.errors import UserError
+
+_COPY_BYTES = 4 << 20
+_NO_DOCUMENTS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One dataset: its prefix, the shards it is made of, and which of their streams."""
+
+    prefix: str
+    shards: tuple[Shard, ...]
+    stream: str
+    split: str
+    key: str
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        return bin_path(self.prefix), idx_path(self.prefix)
+
+
+def planned_outputs(output_prefix: str, plan: Plan) -> list[Output]:
+    """The datasets of a plan. Raises `UserError` for a split or a group without a shard."""
+    kind, groups = plan.options["split"], plan.options["groups"]
+    if kind == "name":
+        validation = tuple(shard for shard in plan.shards if "validation" in shard.name)
+        train = tuple(shard for shard in plan.shards if "validation" not in shard.name)
+        splits = {"train": train, "validation": validation}
+    else:
+        splits = dict.fromkeys(("train", "validation") if kind == "hash" else ("",), plan.shards)
+    outputs = []
+    for split, shards in splits.items():
+        if not shards:
+            raise UserError(f"no shard for the split {split!r}: --split name goes by file names")
+        # A validation set is not blended: it stays one.
+        count = 1 if split == "validation" else groups
+        if len(shards) < count:
+            raise UserError(f"--groups {count} of {len(shards)} shards; give at most that many")
+        for group in range(count):
+            part = shards[group * len(shards) // count : (group + 1) * len(shards) // count]
+            name = f"{output_prefix}-{split}" if split else output_prefix
+            name += f"-{group:05d}-of-{count:05d}" if count > 1 else ""
+            for key in plan.options["json_keys"]:
+                stream = stream_name(split if kind == "hash" else "", key)
+                outputs.append(Output(f"{name}_{key}_document", part, stream, split, key))
+    return outputs
+
+
+def merge_tasks(workspace: Workspace, plan: Plan, on_error: str = "fail") -> dict:
+    """Publish the datasets of a plan whose tasks are all done; the final manifest.
+
+    Raises `UserError` for a shard that is not done, a part that is damaged, and a dataset without
+    a token. Skipped shards are accepted with `on_error` "skip".
+    """
+    manifests = _load_manifests(workspace, plan, on_error)
+    outputs = planned_outputs(workspace.output_prefix, plan)
+    parent = Path(workspace.output_prefix).parent
+    for output in outputs:
+        remove_partials(parent, f"{Path(output.prefix).name}.")
+    dtype = token_dtype(plan.options["vocab_size"])
+    writers: list[IndexedWriter] = []
+    results = {}
+    try:
+        for output in outputs:
+            writers.append(IndexedWriter(output.prefix, dtype))
+            for shard in output.shards:
+                _append(workspace, shard, output.stream, manifests[shard.url], writers[-1])
+            if writers[-1].tokens == 0:
+                where = f"in the {output.split} split of " if output.split else "in "
+                raise UserError(
+                    f"no tokens under the key {output.key!r} {where}{workspace.output_prefix}; "
+                    "check --input and --json-keys"
+                )
+            results[Path(output.prefix).name] = {
+                "documents": writers[-1].documents,
+                "tokens": writers[-1].tokens,
+                "split": output.split,
+                "key": output.key,
+                "shards": [shard.url for shard in output.shards],
+            } | writers[-1].finish()
+        workspace.final_manifest.unlink(missing_ok=True)
+        for writer in writers:
+            writer.publish()
+    finally:
+        for writer in writers:
+            writer.discard()
+    final = _final_manifest(plan, list(manifests.values()), results)
+    publish_json(workspace.final_manifest, final)
+    workspace.remove()
+    return final
+
+
+def _load_manifests(workspace: Workspace, plan: Plan, on_error: str) -> dict[str, dict]:
+    manifests = {}
+    for shard in plan.shards:
+        manifest = workspace.manifest(shard, on_error, again=False)
+        if manifest is None:
+            raise UserError(
+                f"{shard} is not done in {workspace.folder}; run its part of the build again, "
+                "then merge"
+            )
+        manifests[shard.url] = manifest
+    return manifests
+
+
+def _append(
+    workspace: Workspace, shard: Shard, stream: str, manifest: dict, writer: IndexedWriter
+) -> None:
+    """Append the part of a shard, and hold it against the checksums of its manifest."""
+    expected = manifest["streams"][stream]
+    prefix = workspace.part_prefix(shard, stream)
+    for lengths in Index(prefix).tokens_per_document():
+        writer.append(b"", lengths)
+    tokens = hashlib.sha256()
+    for chunk in read_chunks(bin_path(prefix)):
+        tokens.update(chunk)
+        writer.append(chunk, _NO_DOCUMENTS)
+    damaged = tokens.hexdigest() != expected["bin"]["sha256"]
+    if damaged or file_sha256(idx_path(prefix)) != expected["idx"]["sha256"]:
+        workspace.start_task(shard)
+        raise UserError(
+            f"{prefix} is damaged (its checksum is not its manifest's); run the same command "
+            "again: it does this shard anew"
+        )
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file in pieces."""
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_COPY_BYTES):
+            yield chunk
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _final_manifest(plan: Plan, manifests: Sequence[dict], outputs: dict) -> dict:
+    totals = Counts()
+    for manifest in manifests:
+        totals.add_manifest(manifest)
+    return {
+        "version": VERSION,
+        "tokenizer_model": plan.tokenizer_model,
+        "options": plan.options,
+        "totals": asdict(totals),
+        "outputs": outputs,
+        "shards": [
+            manifest["input"]
+            | {name: manifest[name] for name in ("documents", "malformed", "skipped")}
+            | {
+                "streams": {
+                    name: {"documents": stream["documents"], "tokens": stream["tokens"]}
+                    for name, stream in manifest["streams"].items()
+                }
+            }
+            for manifest in manifests
+        ],
+    }

@@ -1,0 +1,112 @@
+"""How a run is going, on stderr and in a log file."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from megatron_ttt.data.encoder import EncodedBlock
+from megatron_ttt.data.source import Shard
+from megatron_ttt.data.tasks import Counts, Listener
+from megatron_ttt.errors import UserError
+
+_SECONDS = 5.0
+_NOTES_SHOWN = 10
+
+
+class Progress(Listener):
+    """Counts what this run does and says so every few seconds, on one line of a terminal.
+
+    `shards` are those that are to do. Notes beyond the first ten go to the log file only.
+    """
+
+    def __init__(self, log: Path, shards: Sequence[Shard]) -> None:
+        self.start = self._printed = time.perf_counter()
+        self._finished, self._current = Counts(), Counts()
+        self._shards, self._bytes = len(shards), sum(shard.size for shard in shards)
+        self._finished_shards = self._finished_bytes = self._position = 0
+        self._notes = 0
+        self._width = 0
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(log, "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {log}: {error.strerror}") from error
+
+    def block(self, shard: Shard, block: EncodedBlock) -> None:
+        self._current.add_block(block)
+        self._position = block.position
+        self._print_now_and_then()
+
+    def task(self, shard: Shard, manifest: dict) -> None:
+        # The manifest counts what its blocks counted, or, of a shard that was skipped, nothing.
+        self._finished.add_manifest(manifest)
+        self._finished_shards += 1
+        self._finished_bytes += shard.size
+        self._current, self._position = Counts(), 0
+        documents, malformed = manifest["documents"], manifest["malformed"]
+        outcome = "skipped" if manifest["skipped"] else "done"
+        self._write_log(f"{shard}: {outcome}, {documents} documents, {malformed} malformed lines")
+        self._print_now_and_then()
+
+    def note(self, message: str) -> None:
+        self._notes += 1
+        if self._notes <= _NOTES_SHOWN:
+            self._write_stderr(message)
+        elif self._notes == _NOTES_SHOWN + 1:
+            self._write_stderr("more is skipped: it is counted here and listed in the log")
+        self._write_log(message)
+
+    def print(self) -> None:
+        """Say how far it is, now."""
+        self._printed = time.perf_counter()
+        line = self._line()
+        self._write_log(line)
+        if sys.stderr.isatty():
+            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.print()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        self._log.close()
+
+    def _print_now_and_then(self) -> None:
+        if time.perf_counter() - self._printed >= _SECONDS:
+            self.print()
+
+    def _line(self) -> str:
+        seconds = time.perf_counter() - self.start
+        finished, current = asdict(self._finished), asdict(self._current)
+        counts = Counts(**{name: finished[name] + current[name] for name in finished})
+        megabytes = counts.text_bytes / 1e6
+        return (
+            f"{counts.documents:,} documents ({counts.documents / seconds:,.0f}/s), "
+            f"{megabytes:,.1f} MB of text ({megabytes / seconds:.2f} MB/s), "
+            f"{counts.tokens:,} tokens ({counts.tokens / seconds:,.0f}/s), "
+            f"{self._finished_shards} of {self._shards} shards, "
+            f"{counts.empty} empty, {counts.malformed} malformed, "
+            f"{counts.skipped_shards} shards skipped, "
+            f"{timedelta(seconds=round(seconds))}, ETA {self._time_left(seconds)}"
+        )
+
+    def _time_left(self, seconds: float) -> str:
+        if self._bytes:
+            done = min(1.0, (self._finished_bytes + self._position) / self._bytes)
+        else:
+            done = self._finished_shards / max(1, self._shards)
+        return str(timedelta(seconds=round(seconds * (1 - done) / done))) if done else "unknown"
+
+    def _write_log(self, line: str) -> None:
+        self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
+    def _write_stderr(self, line: str) -> None:
+        if self._width:
+            print(file=sys.stderr)
+            self._width = 0
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""The tasks of a run on a Ray cluster: one task per shard on one core, anywhere.
+
+The nodes share the file system of the output; input may be URLs. The driver only listens, and
+merges. A node that dies takes no published task with it, and what it was doing is done elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ttt.data.encoder import Encoder, Options, encode_here
+from megatron_ttt.data.source import Shard
+from megatron_ttt.data.tasks import Listener, shard_items, write_tasks
+from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.errors import UserError
+
+_encoders: dict[Options, Encoder] = {}
+
+
+class _Notes(Listener):
+    """What a task reports goes back with its result."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.manifest: dict = {}
+
+    def task(self, shard: Shard, manifest: dict) -> None:
+        self.manifest = manifest
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def run_on_ray(
+    workspace: Workspace,
+    shards: Sequence[Shard],
+    options: Options,
+    fingerprint: dict,
+    on_error: str,
+    listener: Listener,
+) -> None:
+    """Do the tasks of the shards on the cluster at `RAY_ADDRESS`, or on one of this machine alone.
+
+    Raises `UserError` as soon as one task does; tasks that are done then stay done.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--engine ray needs the package ray: pip install ray") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster ({error}); check RAY_ADDRESS") from error
+    # A lost node or process is no failure of a task: it is tried again for as long as it takes.
+    remote = ray.remote(num_cpus=1, max_retries=-1)(_run_task)
+    try:
+        arguments = (workspace.output_prefix, options, fingerprint, on_error)
+        pending = {remote.remote(shard, *arguments): shard for shard in shards}
+        while pending:
+            (done, *_), _ = ray.wait(list(pending))
+            shard = pending.pop(done)
+            error, notes, manifest = ray.get(done)
+            for note in notes:
+                listener.note(note)
+            if error:
+                for task in pending:
+                    ray.cancel(task)
+                raise UserError(error)
+            listener.task(shard, manifest)
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"Ray gave up ({str(error).strip().splitlines()[0]}); what was done is kept: run the "
+            "same command again to go on"
+        ) from error
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _run_task(
+    shard: Shard, output_prefix: str, options: Options, fingerprint: dict, on_error: str
+) -> tuple[str, list[str], dict[str, Any]]:
+    """One shard, on a node: what went wrong, what to tell the user, and the manifest."""
+    listener = _Notes()
+    try:
+        if options not in _encoders:
+            _encoders[options] = Encoder(options)
+        encoder = _encoders[options]
+        if encoder.tokenizer.sha256 != fingerprint["tokenizer"]:
+            raise UserError(f"{options.tokenizer_model} differs from node to node")
+        workspace = Workspace(output_prefix)
+        if workspace.manifest(shard, on_error) is None:
+            items = encode_here(shard_items([shard], options), encoder)
+            write_tasks(
+                workspace, [shard], items, options, fingerprint, encoder.dtype, on_error, listener
+            )
+        else:
+            # An attempt whose node died had published it.
+            listener.manifest = workspace.manifest(shard, on_error) or {}
+    except UserError as error:
+        return str(error), listener.notes, {}
+    except OSError as error:
+        return f"cannot write {output_prefix}: {error.strerror or error}", listener.notes, {}
+    return "", listener.notes, listener.manifest

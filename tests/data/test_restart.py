@@ -1,0 +1,247 @@
+"""Stopping a run in every way there is, and what the next one makes of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import make_texts, pair, write_shard
+from kill_preprocess import kill_test
+
+from megatron_ttt.data import tasks
+from megatron_ttt.data.partial_file import PartialFile
+from megatron_ttt.data.preprocess import merge, preprocess
+from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.errors import UserError
+
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_c4.py"
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    """Three shards, and the arguments of a run over them."""
+    for i in range(3):
+        write_shard(tmp_path / f"c4-train.{i:05d}.json.gz", make_texts(60, seed=i))
+    return [f"{tmp_path}/c4-train.*"], str(tmp_path / "c4"), tokenizer.model_path
+
+
+def reference(corpus, tmp_path) -> tuple[bytes, bytes]:
+    preprocess(corpus[0], str(tmp_path / "reference"), corpus[2])
+    return pair(tmp_path / "reference_text_document")
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_at_shard(monkeypatch):
+    """Let the reading of shards fail from the n-th on; returns the names of those read."""
+    read, real = [], tasks.read_blocks
+
+    def install(number):
+        def read_blocks(shard, *options):
+            if number is not None and len(read) >= number:
+                raise Broken
+            read.append(shard.name)
+            return real(shard, *options)
+
+        read.clear()
+        monkeypatch.setattr(tasks, "read_blocks", read_blocks)
+        return read
+
+    return install
+
+
+def test_what_is_done_is_not_done_again(corpus, tmp_path, stop_at_shard):
+    expected = reference(corpus, tmp_path)
+    read = stop_at_shard(2)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    assert read == ["c4-train.00000.json.gz", "c4-train.00001.json.gz"]
+    assert not Path(f"{corpus[1]}_text_document.bin").exists()
+    read = stop_at_shard(None)
+    preprocess(*corpus)
+    assert read == ["c4-train.00002.json.gz"]
+    assert pair(f"{corpus[1]}_text_document") == expected
+    assert not Path(f"{corpus[1]}.tasks").exists()
+
+
+def test_a_shard_that_changed_is_done_again(corpus, tmp_path, stop_at_shard):
+    stop_at_shard(2)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    write_shard(tmp_path / "c4-train.00001.json.gz", ["another text"])
+    read = stop_at_shard(None)
+    preprocess(*corpus)
+    assert read == ["c4-train.00001.json.gz", "c4-train.00002.json.gz"]
+    assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "other bytes", "gone"])
+def test_a_damaged_part_is_done_again_never_merged(corpus, tmp_path, stop_at_shard, damage):
+    expected = reference(corpus, tmp_path)
+    stop_at_shard(2)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    (part,) = Path(f"{corpus[1]}.tasks").glob("c4-train.00001*.bin")
+    content = part.read_bytes()
+    if damage == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(content[:-2] if damage == "shorter" else b"\1\1" + content[2:])
+    stop_at_shard(None)
+    if damage == "other bytes":
+        with pytest.raises(UserError, match="is damaged"):
+            preprocess(*corpus)
+        assert not Path(f"{corpus[1]}_text_document.bin").exists()
+    preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == expected
+
+
+def test_mixed_options_are_refused(corpus, stop_at_shard):
+    stop_at_shard(1)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    stop_at_shard(None)
+    manifests = sorted(Path(f"{corpus[1]}.tasks").iterdir())
+    with pytest.raises(UserError, match="append_eod was False and is True"):
+        preprocess(*corpus, append_eod=True)
+    assert sorted(Path(f"{corpus[1]}.tasks").iterdir()) == manifests
+    preprocess(*corpus, append_eod=True, overwrite=True)
+    with pytest.raises(UserError, match="append_eod was True and is False"):
+        preprocess(*corpus)
+
+
+def test_another_tokenizer_is_refused(corpus, tmp_path, stop_at_shard):
+    stop_at_shard(1)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    stop_at_shard(None)
+    from megatron_ttt.data.tokenizer_training import train_tokenizer
+
+    other = train_tokenizer(corpus[0], str(tmp_path / "other"), 325)
+    with pytest.raises(UserError, match="tokenizer was"):
+        preprocess(*corpus[:2], other)
+
+
+def test_manifests_say_what_a_shard_was_made_from(corpus, tmp_path, stop_at_shard, tokenizer):
+    import hashlib
+
+    stop_at_shard(1)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    (path,) = Path(f"{corpus[1]}.tasks").glob("*.manifest.json")
+    manifest = json.loads(path.read_text())
+    source = (tmp_path / "c4-train.00000.json.gz").read_bytes()
+    assert manifest["input"]["size"] == len(source)
+    assert manifest["input"]["sha256"] == hashlib.sha256(source).hexdigest()
+    assert manifest["options"]["tokenizer"] == tokenizer.unique_identifiers["sha256"]
+    assert manifest["documents"] == 60
+    for file in ("bin", "idx"):
+        content = path.with_name(path.name.replace(".manifest.json", f"_text.{file}")).read_bytes()
+        entry = manifest["streams"]["text"][file]
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_crash_of_the_merge_is_made_good(corpus, tmp_path, monkeypatch):
+    expected = reference(corpus, tmp_path)
+    publish = PartialFile.publish
+    for victim in ("c4_text_document.bin", "c4_text_document.idx", "c4.manifest.json"):
+
+        def crash(self, victim=victim):
+            if self.path.name == victim:
+                raise Broken
+            publish(self)
+
+        monkeypatch.setattr(PartialFile, "publish", crash)
+        with pytest.raises(Broken):
+            preprocess(*corpus)
+    monkeypatch.setattr(PartialFile, "publish", publish)
+    preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == expected
+
+
+def command_of(corpus, *more) -> list[str]:
+    command = [sys.executable, str(TOOL), "--input", *corpus[0], "--output-prefix", corpus[1]]
+    return [*command, "--tokenizer-model", str(corpus[2]), *more]
+
+
+@pytest.fixture
+def slow_run():
+    started = []
+
+    def start(*arguments):
+        started.append(start_slow_run(*arguments))
+        return started[-1]
+
+    yield start
+    for process, _ in started:
+        process.kill()
+        process.communicate()
+
+
+def start_slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:
+    """A run in another process that waits, at work, for a shard that nobody writes yet."""
+    write_shard(tmp_path / "slow.00000.json", make_texts(60, seed=0))
+    os.mkfifo(tmp_path / "slow.00001.json")
+    corpus = ([f"{tmp_path}/slow.0*.json"], str(tmp_path / "slow"), tokenizer.model_path)
+    process = subprocess.Popen(command_of(corpus, *more), stderr=subprocess.PIPE, text=True)
+    while not (Path(f"{corpus[1]}.tasks") / "plan.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process, corpus
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_state_to_go_on_from(slow_run, tokenizer, tmp_path, number):
+    process, corpus = slow_run(tmp_path, tokenizer, "--workers", "1")
+    with pytest.raises(UserError, match=rf"another run works on .*process {process.pid} on "):
+        preprocess(*corpus)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {number.name}; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    tasks_left = {path.suffix for path in Path(f"{corpus[1]}.tasks").iterdir()}
+    assert ".partial" not in tasks_left
+    (tmp_path / "slow.00001.json").unlink()
+    write_shard(tmp_path / "slow.00001.json", make_texts(60, seed=1))
+    preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
+
+
+def test_a_killed_run_leaves_no_lock(slow_run, tokenizer, tmp_path):
+    process, corpus = slow_run(tmp_path, tokenizer, "--workers", "2")
+    process.kill()
+    process.communicate()
+    (tmp_path / "slow.00001.json").unlink()
+    write_shard(tmp_path / "slow.00001.json", make_texts(60, seed=1))
+    preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
+
+
+def test_parts_of_an_array_work_side_by_side_and_each_only_once(corpus, tmp_path):
+    expected = reference(corpus, tmp_path)
+    with Workspace(corpus[1]).locked("0-of-2"):
+        with pytest.raises(UserError, match="another run works on"):
+            preprocess(*corpus, array=(0, 2))
+        with pytest.raises(UserError, match="another run works on"):
+            preprocess(*corpus)
+        with pytest.raises(UserError, match="another run works on"):
+            merge(corpus[1])
+        preprocess(*corpus, array=(1, 2))
+    preprocess(*corpus, array=(0, 2))
+    with pytest.raises(UserError, match="was planned with other shards"):
+        preprocess([f"{tmp_path}/c4-train.00000*"], *corpus[1:], array=(0, 2))
+    merge(corpus[1])
+    assert pair(f"{corpus[1]}_text_document") == expected
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments(tmp_path):
+    assert kill_test(tmp_path, kills=5, workers=2, seed=0)["killed"] == 5
