@@ -1,8 +1,10 @@
 """What the kernels of both inner models share: tiles of tokens, LayerNorm, the loss, products.
 
-A tile's rows are the K tokens of a mini-batch, its columns the F features padded to a power of two
-P (96 becomes 128). Padded columns, and the rows past the end of a ragged mini-batch, are zero
-wherever they could be summed.
+Tiles are transposed: the rows are features, the columns the K tokens of a mini-batch. A product's
+rows are what tensor cores and warps divide among them, and 16 tokens would be too few: every warp
+would hold, and compute, all of them. The F features are padded to a power of two P (96 becomes
+128). Padded rows, and columns past the end of a ragged mini-batch, are zero wherever they could be
+summed.
 """
 
 import torch
@@ -35,46 +37,48 @@ def dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(pointer, rows, row_stride, columns, inside):
-    """A tile of tokens in float32, zeros where not `inside`."""
-    return tl.load(pointer + rows * row_stride + columns, mask=inside, other=0).to(tl.float32)
+def load_tokens(pointer, features, tokens, stride, inside):
+    """A tile [P, K] of tokens in float32, zeros where not `inside`."""
+    return tl.load(pointer + tokens * stride + features, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
-def normalise(Z, columns, F: tl.constexpr, P: tl.constexpr):
-    """LayerNorm without its affine part, and 1/s, [K, P] and [K, 1]."""
-    centred = Z - (tl.sum(Z, 1) / F)[:, None]
+def mean(x, F: tl.constexpr):
+    """Over the features, [P, K] to [1, K]."""
+    return (tl.sum(x, 0) / F)[None, :]
+
+
+@triton.jit
+def normalise(Z, features, F: tl.constexpr, P: tl.constexpr):
+    """LayerNorm without its affine part, and 1/s: [P, K] and [1, K]."""
+    centred = Z - mean(Z, F)
     if F != P:
-        centred = tl.where(columns < F, centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / F + LN_EPS)[:, None]
+        centred = tl.where(features < F, centred, 0.0)
+    rstd = tl.rsqrt(mean(centred * centred, F) + LN_EPS)
     return centred * rstd, rstd
 
 
 @triton.jit
-def project(y, hat, rstd, columns, F: tl.constexpr, P: tl.constexpr):
+def project(y, hat, rstd, features, F: tl.constexpr, P: tl.constexpr):
     """LayerNorm's backward, Pi(y)."""
-    mean = (tl.sum(y, 1) / F)[:, None]
-    along = (tl.sum(y * hat, 1) / F)[:, None]
-    y = (y - mean - hat * along) * rstd
+    y = (y - mean(y, F) - hat * mean(y * hat, F)) * rstd
     if F != P:
-        y = tl.where(columns < F, y, 0.0)
+        y = tl.where(features < F, y, 0.0)
     return y
 
 
 @triton.jit
 def inner_gradient_backward(
-    dG, G, hat, rstd, residual, gamma, beta, columns, F: tl.constexpr, P: tl.constexpr
+    dG, G, hat, rstd, residual, gamma, beta, features, F: tl.constexpr, P: tl.constexpr
 ):
-    """Second order, docs/mathematics.md, backward, step 4: from dG to dZ, du and the rows whose
-    sum is dgamma. residual = x - v."""
-    du = project(dG, hat, rstd, columns, F, P)
+    """Second order, docs/mathematics.md, backward, step 4: from dG to dZ, du and what sums to
+    dgamma. residual = x - v."""
+    du = project(dG, hat, rstd, features, F, P)
     fit = gamma * hat + beta
-    u = gamma * (fit + residual)
-    h = (tl.sum(u * hat, 1) / F)[:, None]
-    c = (tl.sum(dG * hat, 1) / F)[:, None]
-    e = (tl.sum(dG * G, 1) / F)[:, None]
-    dZ = project(gamma * gamma * du - h * rstd * dG, hat, rstd, columns, F, P)
-    return dZ - rstd * (c * G + e * hat), du, du * (fit + residual + gamma * hat)
+    h = mean(gamma * (fit + residual) * hat, F)
+    dZ = project(gamma * gamma * du - h * rstd * dG, hat, rstd, features, F, P)
+    dZ -= rstd * (mean(dG * hat, F) * G + mean(dG * G, F) * hat)
+    return dZ, du, du * (fit + residual + gamma * hat)
 
 
 def autotuned(warps: tuple[int, ...], key: list[str]):

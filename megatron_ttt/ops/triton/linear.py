@@ -56,51 +56,52 @@ def linear_forward(
     lam_L = lam_AL + a * L
     G_LF = G_ALF + a * L * F
 
-    rows, columns = tl.arange(0, K), tl.arange(0, P)[None, :]
-    features = tl.arange(0, P)[:, None]
-    real = columns < F
-    in_W = (features < F) & real
-    W_tile = features * F + columns
-    causal = rows[:, None] >= rows[None, :]
-    tau = tl.load(tau_K + rows)
+    index, features = tl.arange(0, K), tl.arange(0, P)[:, None]
+    real = features < F
+    W_tile = tl.arange(0, P)[None, :] * F + features
+    in_W = (tl.arange(0, P)[None, :] < F) & real
+    causal = index[:, None] <= index[None, :]  # key, query
+    tau = tl.load(tau_K + index)
     tau_last = tl.load(tau_K + K - 1)
-    gamma = tl.load(gamma_HF + head * F + columns, mask=real, other=0.0)
-    beta = tl.load(beta_HF + head * F + columns, mask=real, other=0.0)
+    gamma = tl.load(gamma_HF + head * F + features, mask=real, other=0.0)
+    beta = tl.load(beta_HF + head * F + features, mask=real, other=0.0)
     W = tl.load(W_BHFF + batch * W_b + head * W_h + W_tile, mask=in_W, other=0.0)
-    b = tl.load(b_BH1F + batch * b_b + head * b_h + columns, mask=real, other=0.0)
+    b = tl.load(b_BH1F + batch * b_b + head * b_h + features, mask=real, other=0.0)
 
-    for n in range(tl.cdiv(L, K)):
-        tokens = n * K + rows.to(tl.int64)
-        here = tokens < L
-        tokens, inside = tokens[:, None], here[:, None] & real
-        q = load_tokens(q_LF, tokens, q_l, columns, inside)
-        x = load_tokens(k_LF, tokens, k_l, columns, inside)
-        v = load_tokens(v_LF, tokens, v_l, columns, inside)
-        lam = tl.load(lam_L + n * K + rows, mask=here, other=0.0)
+    N = tl.cdiv(L, K)
+    for c in range(C):
+        for n in range(c * GROUP, tl.minimum((c + 1) * GROUP, N)):
+            tokens = n * K + index.to(tl.int64)
+            here = tokens < L
+            lam = tl.load(lam_L + tokens, mask=here, other=0.0)
+            tokens, inside = tokens[None, :], here[None, :] & real
+            q = load_tokens(q_LF, features, tokens, q_l, inside)
+            x = load_tokens(k_LF, features, tokens, k_l, inside)
+            v = load_tokens(v_LF, features, tokens, v_l, inside)
 
-        hat, rstd = normalise(dot(x, W, DOT) + b, columns, F, P)
-        u = gamma * (gamma * hat + beta + x - v)
-        G = operand(project(u, hat, rstd, columns, F, P), DOT)
+            hat, rstd = normalise(dot(W, x, DOT) + b, features, F, P)
+            u = gamma * (gamma * hat + beta + x - v)
+            G = operand(project(u, hat, rstd, features, F, P), DOT)
 
-        S = dot(q, tl.trans(x), DOT) + 1
-        PS = tl.where(causal, tau[:, None] * lam[None, :] * S, 0.0)
-        hat, _ = normalise(dot(q, W, DOT) + b - dot(PS, G, DOT), columns, F, P)
-        out = q + gamma * hat + beta
-        tl.store(out_LF + tokens * out_l + columns, out, mask=inside)
+            S = dot(tl.trans(x), q, DOT) + 1
+            PS = tl.where(causal, lam[:, None] * tau[None, :] * S, 0.0)
+            hat, _ = normalise(dot(W, q, DOT) + b - dot(G, PS, DOT), features, F, P)
+            out = q + gamma * hat + beta
+            tl.store(out_LF + tokens * out_l + features, out, mask=inside)
 
-        # After a ragged mini-batch the state stays.
-        rate = (tl.where((n + 1) * K <= L, tau_last, 0.0) * lam)[:, None]
-        W -= dot(tl.trans(rate * x), G, DOT)
-        b -= tl.sum(rate * G, 0)[None, :]
+            # After a ragged mini-batch the state stays.
+            rate = (tl.where((n + 1) * K <= L, tau_last, 0.0) * lam)[None, :]
+            W -= dot(G, tl.trans(rate * x), DOT)
+            b -= tl.sum(rate * G, 1)[:, None]
+            if KEEP:
+                tl.store(G_LF + tokens * F + features, G, mask=inside)
         if KEEP:
-            tl.store(G_LF + tokens * F + columns, G, mask=inside)
-            if (n + 1) % GROUP == 0 or (n + 1) * K >= L:
-                kept = a * C + n // GROUP
-                tl.store(W_ACFF + kept * F * F + W_tile, W, mask=in_W)
-                tl.store(b_ACF + kept * F + columns, b, mask=real)
+            kept = a * C + c
+            tl.store(W_ACFF + kept * F * F + W_tile, W, mask=in_W)
+            tl.store(b_ACF + kept * F + features, b, mask=real)
 
     tl.store(W_final_AFF + a * F * F + W_tile, W, mask=in_W)
-    tl.store(b_final_AF + a * F + columns, b, mask=real)
+    tl.store(b_final_AF + a * F + features, b, mask=real)
 
 
 @autotuned(warps=(4, 8), key=["F", "K"])
@@ -129,103 +130,102 @@ def linear_backward(
     lam_L, dlam_L = lam_AL + a * L, dlam_AL + a * L
     G_LF = G_ALF + a * L * F
 
-    rows, columns = tl.arange(0, K), tl.arange(0, P)[None, :]
-    features = tl.arange(0, P)[:, None]
-    real = columns < F
-    in_W = (features < F) & real
-    W_tile = features * F + columns
-    causal = rows[:, None] >= rows[None, :]
-    tau = tl.load(tau_K + rows)
+    index, features = tl.arange(0, K), tl.arange(0, P)[:, None]
+    real = features < F
+    W_tile = tl.arange(0, P)[None, :] * F + features
+    in_W = (tl.arange(0, P)[None, :] < F) & real
+    causal = index[:, None] <= index[None, :]  # key, query
+    tau = tl.load(tau_K + index)
     tau_last = tl.load(tau_K + K - 1)
-    gamma = tl.load(gamma_HF + head * F + columns, mask=real, other=0.0)
-    beta = tl.load(beta_HF + head * F + columns, mask=real, other=0.0)
+    gamma = tl.load(gamma_HF + head * F + features, mask=real, other=0.0)
+    beta = tl.load(beta_HF + head * F + features, mask=real, other=0.0)
     dW = tl.load(dW_final_AFF + a * F * F + W_tile, mask=in_W, other=0.0)
-    db = tl.load(db_final_AF + a * F + columns, mask=real, other=0.0)
-    dgamma, dbeta = tl.zeros((1, P), tl.float32), tl.zeros((1, P), tl.float32)
+    db = tl.load(db_final_AF + a * F + features, mask=real, other=0.0)
+    dgamma, dbeta = tl.zeros((P, 1), tl.float32), tl.zeros((P, 1), tl.float32)
     dtau = tl.zeros((K,), tl.float32)
 
     N = tl.cdiv(L, K)
     for c in range(C):
         kept = a * C + C - 1 - c
         W = tl.load(W_ACFF + kept * F * F + W_tile, mask=in_W, other=0.0)
-        b = tl.load(b_ACF + kept * F + columns, mask=real, other=0.0)
+        b = tl.load(b_ACF + kept * F + features, mask=real, other=0.0)
         first = (C - 1 - c) * GROUP
         last = tl.minimum(first + GROUP, N) - 1
-        for i in range(last - first + 1):
-            n = last - i
-            tokens = n * K + rows.to(tl.int64)
+        for n in range(last, first - 1, -1):
+            tokens = n * K + index.to(tl.int64)
             here = tokens < L
-            tokens, inside = tokens[:, None], here[:, None] & real
-            q = load_tokens(q_LF, tokens, q_l, columns, inside)
-            x = load_tokens(k_LF, tokens, k_l, columns, inside)
-            v = load_tokens(v_LF, tokens, v_l, columns, inside)
-            G = load_tokens(G_LF, tokens, F, columns, inside)
-            dout = load_tokens(dout_LF, tokens, dout_l, columns, inside)
-            lam = tl.load(lam_L + n * K + rows, mask=here, other=0.0)
+            lam = tl.load(lam_L + tokens, mask=here, other=0.0)
+            dlam_K = dlam_L + tokens
+            tokens, inside = tokens[None, :], here[None, :] & real
+            q = load_tokens(q_LF, features, tokens, q_l, inside)
+            x = load_tokens(k_LF, features, tokens, k_l, inside)
+            v = load_tokens(v_LF, features, tokens, v_l, inside)
+            G = load_tokens(G_LF, features, tokens, F, inside)
+            dout = load_tokens(dout_LF, features, tokens, dout_l, inside)
             tau_step = tl.where((n + 1) * K <= L, tau_last, 0.0)
-            rate = (tau_step * lam)[:, None]
+            rate = (tau_step * lam)[None, :]
 
             # The state before the mini-batch, and the output's norm.
-            W += dot(tl.trans(rate * x), G, DOT)
-            b += tl.sum(rate * G, 0)[None, :]
-            eta = tl.where(causal, tau[:, None] * lam[None, :], 0.0)
-            S = dot(q, tl.trans(x), DOT) + 1
+            W += dot(G, tl.trans(rate * x), DOT)
+            b += tl.sum(rate * G, 1)[:, None]
+            eta = tl.where(causal, lam[:, None] * tau[None, :], 0.0)
+            S = dot(tl.trans(x), q, DOT) + 1
             PS = eta * S
-            hat, rstd = normalise(dot(q, W, DOT) + b - dot(PS, G, DOT), columns, F, P)
-            dgamma += tl.sum(dout * hat, 0)[None, :]
-            dbeta += tl.sum(dout, 0)[None, :]
-            dZbar = project(gamma * dout, hat, rstd, columns, F, P)
+            hat, rstd = normalise(dot(W, q, DOT) + b - dot(G, PS, DOT), features, F, P)
+            dgamma += tl.sum(dout * hat, 1)[:, None]
+            dbeta += tl.sum(dout, 1)[:, None]
+            dZbar = project(gamma * dout, hat, rstd, features, F, P)
 
             # The output's product.
-            dP = tl.where(causal, -dot(dZbar, tl.trans(G), DOT), 0.0)
+            dP = tl.where(causal, -dot(tl.trans(G), dZbar, DOT), 0.0)
             dS = dP * eta
             dPS = dP * S
-            dq = dout + dot(dZbar, tl.trans(W), DOT) + dot(dS, x, DOT)
-            dx = dot(tl.trans(dS), q, DOT)
-            tl.store(dq_LF + tokens * dq_l + columns, dq, mask=inside)
+            dq = dout + dot(tl.trans(W), dZbar, DOT) + dot(x, dS, DOT)
+            tl.store(dq_LF + tokens * dq_l + features, dq, mask=inside)
 
             # The state's update.
-            Y = dot(x, dW, DOT) + db
-            YG = tl.sum(Y * G, 1)
-            dG = -dot(tl.trans(PS), dZbar, DOT) - rate * Y
-            dx -= rate * dot(G, tl.trans(dW), DOT)
-            dlam = tl.sum(dPS * tau[:, None], 0) - tau_step * YG
-            tl.store(dlam_L + n * K + rows, dlam, mask=here)
-            dtau += tl.sum(dPS * lam[None, :], 1)
+            Y = dot(dW, x, DOT) + db
+            YG = tl.sum(Y * G, 0)
+            dG = -dot(dZbar, tl.trans(PS), DOT) - rate * Y
+            dx = dot(q, tl.trans(dS), DOT) - rate * dot(tl.trans(dW), G, DOT)
+            dlam = tl.sum(dPS * tau[None, :], 1) - tau_step * YG
+            tl.store(dlam_K, dlam, mask=here)
+            dtau += tl.sum(dPS * lam[:, None], 0)
             if (n + 1) * K <= L:
-                dtau -= tl.where(rows == K - 1, tl.sum(lam * YG, 0), 0.0)
+                dtau -= tl.where(index == K - 1, tl.sum(lam * YG, 0), 0.0)
 
             # Second order, and the inner layer.
-            hat, rstd = normalise(dot(x, W, DOT) + b, columns, F, P)
+            hat, rstd = normalise(dot(W, x, DOT) + b, features, F, P)
             dZ, du, dgamma_rows = inner_gradient_backward(
-                dG, G, hat, rstd, x - v, gamma, beta, columns, F, P
+                dG, G, hat, rstd, x - v, gamma, beta, features, F, P
             )
-            dgamma += tl.sum(dgamma_rows, 0)[None, :]
-            dbeta += tl.sum(gamma * du, 0)[None, :]
-            dx += gamma * du + dot(dZ, tl.trans(W), DOT)
-            tl.store(dv_LF + tokens * dv_l + columns, -gamma * du, mask=inside)
-            tl.store(dk_LF + tokens * dk_l + columns, dx, mask=inside)
-            dW += dot(tl.trans(q), dZbar, DOT) + dot(tl.trans(x), dZ, DOT)
-            db += tl.sum(dZbar + dZ, 0)[None, :]
+            dgamma += tl.sum(dgamma_rows, 1)[:, None]
+            dbeta += tl.sum(gamma * du, 1)[:, None]
+            dx += gamma * du + dot(tl.trans(W), dZ, DOT)
+            tl.store(dv_LF + tokens * dv_l + features, -gamma * du, mask=inside)
+            tl.store(dk_LF + tokens * dk_l + features, dx, mask=inside)
+            dW += dot(dZbar, tl.trans(q), DOT) + dot(dZ, tl.trans(x), DOT)
+            db += tl.sum(dZbar + dZ, 1)[:, None]
 
     tl.store(dW_AFF + a * F * F + W_tile, dW, mask=in_W)
-    tl.store(db_AF + a * F + columns, db, mask=real)
-    tl.store(dtau_AK + a * K + rows, dtau)
-    tl.store(dgamma_AF + a * F + columns, dgamma, mask=real)
-    tl.store(dbeta_AF + a * F + columns, dbeta, mask=real)
+    tl.store(db_AF + a * F + features, db, mask=real)
+    tl.store(dtau_AK + a * K + index, dtau)
+    tl.store(dgamma_AF + a * F + features, dgamma, mask=real)
+    tl.store(dbeta_AF + a * F + features, dbeta, mask=real)
 
 
 def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     """The outputs, the final state, and what `backward` wants back (nothing unless `keep`)."""
     W, b = state
     (B, H, L, F), K = q.shape, len(tau)
-    A, C = B * H, kept_states(L, K, group) if keep else 0
+    A, C = B * H, kept_states(L, K, group)
     out, final = torch.empty_like(q), [new(W, B, H, F, F), new(b, B, H, 1, F)]
     DOT = operand_dtype(q, k, v)
+    A_kept = A if keep else 0
     kept = [
-        q.new_empty((A, L, F) if keep else 0, dtype=DOT),
-        new(W, A, C, F, F),
-        new(b, A, C, F),
+        q.new_empty((A_kept, L, F), dtype=DOT),
+        new(W, A_kept, C, F, F),
+        new(b, A_kept, C, F),
     ]
     linear_forward[A,](
         q, k, v, lam_AL, tau, gamma, beta, W, b, out, *kept, *final, L, C, H,

@@ -1,1 +1,1 @@
-forward = backward = None
+mlp_forward = mlp_backward = None
