@@ -1,6 +1,6 @@
 """Compile what the recipes launch, ahead of time, for GPUs that need not be there.
 
-    python tests/ops/compile_triton.py [--kernel mlp_backward] [--warps 4,8] [--output FILE.json]
+    python tests/ops/compile_triton.py [--kernel mlp_backward] [--output FILE.json]
 
 The launchers run on tensors without memory, and what they launch is compiled instead, as Triton
 would for the same arguments. Prints a table: registers and bytes of local memory (spills) a thread,
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_ttt.ops.triton import linear, mlp
-from megatron_ttt.ops.triton.common import GROUP
+from megatron_ttt.ops.triton.common import GROUP, worth_trying
 
 TARGETS = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -98,16 +98,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "local_bytes": stack + local}
 
 
-def compiled(kind: str, name: str, F: int, dtype: torch.dtype, warps=None) -> list[dict]:
-    """One record per number of warps that autotuning tries, and target."""
+def compiled(kind: str, name: str, F: int, dtype: torch.dtype) -> list[dict]:
+    """One record per target and choice that autotuning tries."""
     kernel, args, constants = launches(kind, F, dtype)[name]
     records = []
-    for num_warps in warps or [config.num_warps for config in kernel.configs]:
+    for config in worth_trying(kernel.configs, {}, **constants):
         for target in TARGETS:
             program = triton.compile(
-                source(kernel, args, constants),
+                source(kernel, args, {**constants, **config.kwargs}),
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": num_warps, "num_stages": 1},
+                options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             )
             records.append(
                 {
@@ -115,7 +115,8 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype, warps=None) -> li
                     "head_dim": F,
                     "operands": str(dtype).removeprefix("torch."),
                     "target": f"sm_{target}",
-                    "warps": num_warps,
+                    "warps": config.num_warps,
+                    "block": config.kwargs.get("BM", "-"),
                     **resources(program.asm["cubin"]),
                     "shared_bytes": program.metadata.shared,
                     "shared_limit": SHARED_LIMIT[target],
@@ -127,7 +128,7 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype, warps=None) -> li
 def row(record: dict) -> str:
     return (
         f"| {record['kernel']} | {record['head_dim']} | {record['operands']} | {record['target']} "
-        f"| {record['warps']} | {record['registers']} | {record['local_bytes']} "
+        f"| {record['block']} | {record['warps']} | {record['registers']} | {record['local_bytes']} "
         f"| {record['shared_bytes'] / 1024:.1f} |"
     )
 
@@ -137,17 +138,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernel", help="this one alone, such as mlp_backward")
-    parser.add_argument("--warps", help="these numbers of warps instead of those tried")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    warps = arguments.warps and [int(n) for n in arguments.warps.split(",")]
-    print("| kernel | F | operands | target | warps | registers | local B | shared KiB |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| kernel | F | operands | target | BM | warps | registers | local B | shared KiB |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     records = []
     for kind in ("linear", "mlp"):
         for name in (f"{kind}_forward", f"{kind}_backward"):
             for F in (64, 96) if arguments.kernel in (None, name) else ():
-                for record in compiled(kind, name, F, torch.bfloat16, warps):
+                for record in compiled(kind, name, F, torch.bfloat16):
                     records.append(record)
                     print(row(record), flush=True)
     if arguments.output:

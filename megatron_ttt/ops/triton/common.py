@@ -81,16 +81,36 @@ def inner_gradient_backward(
     return dZ, du, du * (fit + residual + gamma * hat)
 
 
-def autotuned(warps: tuple[int, ...], key: list[str]):
-    """Try these numbers of warps once a device and `key`, and remember the best on disk.
+TILE = 256 * 64
+"""The most elements of a float32 tile, one of two that a program holds for long: 64 KiB."""
+
+
+def autotuned(choices: list[dict], key: list[str]):
+    """Time these choices of `num_warps` (and BM) once a device and `key`; remember the best on
+    disk.
 
     Loops are not software-pipelined (one stage): Triton would load state that a kernel keeps in
     memory ahead of the mini-batch that writes it.
     """
-    if INTERPRETED.value:
-        warps = warps[:1]
-    configs = [triton.Config({}, num_warps=w, num_stages=1) for w in warps]
-    return triton.autotune(configs, key, cache_results=True)
+    configs = [
+        triton.Config(
+            {name: value for name, value in choice.items() if name != "num_warps"},
+            num_warps=choice["num_warps"],
+            num_stages=1,
+        )
+        for choice in choices[: 1 if INTERPRETED.value else None]
+    ]
+    prune = {"early_config_prune": worth_trying}
+    return triton.autotune(configs, key, prune_configs_by=prune, cache_results=True)
+
+
+def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
+    """Those whose blocks of hidden units fit; the first always does."""
+
+    def fits(BM: int) -> bool:
+        return BM <= padded(M) and BM * P <= TILE
+
+    return [config for config in configs if fits(config.kwargs.get("BM", 0))] or configs[:1]
 
 
 def operand_dtype(*tokens: torch.Tensor) -> torch.dtype:

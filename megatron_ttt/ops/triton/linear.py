@@ -35,8 +35,10 @@ from megatron_ttt.ops.triton.common import (
     strides,
 )
 
+CHOICES = [{"num_warps": 4}, {"num_warps": 8}]
 
-@autotuned(warps=(2, 4, 8), key=["F", "K", "KEEP"])
+
+@autotuned(CHOICES, key=["F", "K", "KEEP"])
 @triton.jit(do_not_specialize=["L", "C"])
 def linear_forward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, W_BHFF, b_BH1F,
@@ -104,7 +106,7 @@ def linear_forward(
     tl.store(b_final_AF + a * F + features, b, mask=real)
 
 
-@autotuned(warps=(4, 8), key=["F", "K"])
+@autotuned(CHOICES, key=["F", "K"])
 @triton.jit(do_not_specialize=["L", "C"])
 def linear_backward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, G_ALF, W_ACFF, b_ACF, dout_BHLF,
