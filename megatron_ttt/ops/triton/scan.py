@@ -32,9 +32,6 @@ def triton_scan(q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, state
     Products take bfloat16 operands if q, k and v are bfloat16, else float32 ones; all else is
     float32. Two runs agree bit for bit.
     """
-    reason = why_not(q_BHLF, tau_K, state)
-    if reason is not None:
-        raise ValueError(f"the Triton kernels cannot run this scan: {reason}")
     inputs = q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, *state
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     output, *final_state = Scan.apply(keep, group, *inputs)
