@@ -79,9 +79,7 @@ def launches(kind: str, F: int, dtype: torch.dtype) -> dict:
             module.backward(*shared, kept, GROUP, out, final)
     finally:
         vars(module).update({name: recorder.kernel for name, recorder in recorders.items()})
-    return {
-        name: (recorder.kernel, *recorder.launches[0]) for name, recorder in recorders.items()
-    }
+    return {name: (recorder.kernel, *recorder.launches[0]) for name, recorder in recorders.items()}
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -15,14 +15,14 @@ MINI_BATCH = (16, 32, 64)
 def why_not(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str | None:
     """What keeps the kernels from these inputs; None if nothing does."""
     F, K, device = q_BHLF.shape[-1], len(tau_K), q_BHLF.device.type
-    if device != "cuda" and not INTERPRETED.value:
-        return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
     if F not in HEAD_DIM:
         return f"head_dim is {F}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
     if K not in MINI_BATCH:
         return f"mini_batch_size is {K}: they take 16, 32 or 64"
     if state[0].dtype != torch.float32:
         return f"they compute in float32, not {state[0].dtype}"
+    if device != "cuda" and not INTERPRETED.value:
+        return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
     return None
 
 
