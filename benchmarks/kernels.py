@@ -158,7 +158,7 @@ class Benchmark:
             for backend in ("triton", "torch", "naive")
             if backend != "naive" or length == LENGTHS[0] or self.quick
         }
-        q, k, v, lam = tensors[:4]
+        q, k, v = tensors[:3]
         forms["attention"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
         forms.update(other_forms(kind, tensors))
         for form, function in forms.items():

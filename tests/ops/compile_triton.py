@@ -1,6 +1,6 @@
 """Compile what the recipes launch, ahead of time, for GPUs that need not be there.
 
-    python tests/ops/compile_triton.py [--kernel mlp_backward] [--output FILE.json]
+    python tests/ops/compile_triton.py [--kernel mlp_backward] [--choices 1] [--output FILE.json]
 
 The launchers run on tensors without memory, and what they launch is compiled instead, as Triton
 would for the same arguments. Prints a table: registers and bytes of local memory (spills) a thread,
@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def launches(kind: str, F: int, dtype: torch.dtype) -> dict:
             widths = (F, F) if kind == "linear" else (F, 4 * F, F)
             state = [
                 torch.empty(HEADS, rows, n).expand(BATCH, HEADS, rows, n)
-                for m, n in zip(widths, widths[1:])
+                for m, n in pairwise(widths)
                 for rows in (m, 1)
             ]
             shared = q, k, v, lam, tau, gamma, beta
@@ -96,11 +97,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "local_bytes": stack + local}
 
 
-def compiled(kind: str, name: str, F: int, dtype: torch.dtype) -> list[dict]:
-    """One record per target and choice that autotuning tries."""
+def compiled(kind: str, name: str, F: int, dtype: torch.dtype, choices: int) -> list[dict]:
+    """One record per target and choice that autotuning tries, of the first few."""
     kernel, args, constants = launches(kind, F, dtype)[name]
     records = []
-    for config in worth_trying(kernel.configs, {}, **constants):
+    for config in worth_trying(kernel.configs, {}, **constants)[:choices]:
         for target in TARGETS:
             program = triton.compile(
                 source(kernel, args, {**constants, **config.kwargs}),
@@ -124,11 +125,10 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype) -> list[dict]:
 
 
 def row(record: dict) -> str:
-    return (
-        f"| {record['kernel']} | {record['head_dim']} | {record['operands']} | {record['target']} "
-        f"| {record['block']} | {record['warps']} | {record['registers']} | {record['local_bytes']} "
-        f"| {record['shared_bytes'] / 1024:.1f} |"
-    )
+    """Of the table."""
+    names = "kernel head_dim operands target block warps registers local_bytes".split()
+    cells = [*(record[name] for name in names), f"{record['shared_bytes'] / 1024:.1f}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -136,6 +136,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernel", help="this one alone, such as mlp_backward")
+    parser.add_argument("--choices", type=int, default=9, help="this many of what is tuned over")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     print("| kernel | F | operands | target | BM | warps | registers | local B | shared KiB |")
@@ -144,7 +145,7 @@ def main() -> None:
     for kind in ("linear", "mlp"):
         for name in (f"{kind}_forward", f"{kind}_backward"):
             for F in (64, 96) if arguments.kernel in (None, name) else ():
-                for record in compiled(kind, name, F, torch.bfloat16):
+                for record in compiled(kind, name, F, torch.bfloat16, arguments.choices):
                     records.append(record)
                     print(row(record), flush=True)
     if arguments.output:

@@ -108,7 +108,7 @@ def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
     """Those whose blocks of hidden units fit; the first always does."""
 
     def fits(BM: int) -> bool:
-        return BM <= padded(M) and BM * P <= TILE
+        return padded(M) >= BM and BM * P <= TILE
 
     return [config for config in configs if fits(config.kwargs.get("BM", 0))] or configs[:1]
 

@@ -41,8 +41,8 @@ from megatron_ttt.ops.triton.common import (
     strides,
 )
 
-FORWARD = [{"BM": 64, "num_warps": 4}, {"BM": 256, "num_warps": 8}, {"BM": 256, "num_warps": 16}]
-BACKWARD = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}, {"BM": 32, "num_warps": 4}]
+FORWARD = [{"BM": 64, "num_warps": 4}, {"BM": 256, "num_warps": 16}]
+BACKWARD = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}]
 
 CUBIC = tl.constexpr(0.044715)
 TWICE_C = tl.constexpr(2 * 0.7978845608028654)  # 2 sqrt(2 / pi)
@@ -417,15 +417,14 @@ def mlp_backward(
 
 def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     """The outputs, the final state, and what `backward` wants back (nothing unless `keep`)."""
-    W1, b1, W2, b2 = state
-    (B, H, L, F), K, M = q.shape, len(tau), W1.shape[-1]
+    (B, H, L, F), K, M = q.shape, len(tau), state[0].shape[-1]
     A, C = B * H, kept_states(L, K, group)
     out = torch.empty_like(q)
     final = [new(W, B, H, *W.shape[2:]) for W in state]
     DOT = operand_dtype(q, k, v)
     A_kept = A if keep else 0
     kept = [q.new_empty((A_kept, L, width), dtype=DOT) for width in (M, M, F)]
-    kept += [new(W1, A_kept, L, width) for width in (F, F, K)]
+    kept += [new(tau, A_kept, L, width) for width in (F, F, K)]
     kept += [new(W, A_kept, C, *W.shape[2:]) for W in state]
     mlp_forward[A,](
         q, k, v, lam_AL, tau, gamma, beta, *state, out, *kept, *final, L, C, H,
@@ -439,7 +438,7 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
     """The gradients of q, k, v, lam, tau, gamma, beta, and of the state [B, H, ...]; those of tau,
     gamma and beta by head of each sequence."""
     (B, H, L, F), K = q.shape, len(tau)
-    A, C, M = B * H, kept[-1].shape[1], kept[0].shape[-1]
+    A, C, M = B * H, kept_states(L, K, group), kept[0].shape[-1]
     tokens = [torch.empty_like(x) for x in (q, k, v)]
     shared = [new(tau, A, K), new(tau, A, F), new(tau, A, F)]
     state = [new(d, *d.shape) for d in dfinal]
