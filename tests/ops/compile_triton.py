@@ -126,7 +126,16 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype, choices: int) -> 
 
 def row(record: dict) -> str:
     """Of the table."""
-    names = "kernel head_dim operands target block warps registers local_bytes".split()
+    names = [
+        "kernel",
+        "head_dim",
+        "operands",
+        "target",
+        "block",
+        "warps",
+        "registers",
+        "local_bytes",
+    ]
     cells = [*(record[name] for name in names), f"{record['shared_bytes'] / 1024:.1f}"]
     return f"| {' | '.join(map(str, cells))} |"
 

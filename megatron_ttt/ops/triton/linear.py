@@ -241,7 +241,7 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
     """The gradients of q, k, v, lam, tau, gamma, beta, and of the state [B, H, ...]; those of tau,
     gamma and beta by head of each sequence."""
     G, W, b = kept
-    L, F, K = *q.shape[2:], len(tau)
+    (_, H, L, F), K = q.shape, len(tau)
     A, C = W.shape[:2]
     tokens = [torch.empty_like(x) for x in (q, k, v)]
     shared = [new(W, A, K), new(W, A, F), new(W, A, F)]
