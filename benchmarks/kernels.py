@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -159,8 +160,9 @@ class Benchmark:
             if backend != "naive" or length == LENGTHS[0] or self.quick
         }
         q, k, v = tensors[:3]
-        forms["attention"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        forms.update(other_forms(kind, tensors))
+        if kind == "linear":  # these know no inner MLP
+            forms["attention"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            forms.update(other_forms(tensors))
         for form, function in forms.items():
             name = f"{model} {kind}, {length} tokens, {form}"
             if time.monotonic() > self.ends:
@@ -202,7 +204,7 @@ class Benchmark:
     def seconds(self, function) -> float:
         """Median time, warm; of some twenty calls, fewer where they are slow."""
         function()
-        times, until = [], time.monotonic() + 2
+        times, until = [], time.monotonic() + 1
         while len(times) < 3 or (len(times) < 20 and time.monotonic() < until):
             self.synchronise()
             started = time.perf_counter()
@@ -223,38 +225,30 @@ def scan_flops(kind: str, D: int, f: int) -> int:
     return D * (6 * f + 4 * MINI_BATCH) if kind == "linear" else D * (56 * f + 20 * MINI_BATCH)
 
 
-def other_forms(kind: str, tensors) -> dict:
-    """What other libraries have for the same tokens: not the same function, but the same shape."""
+def other_forms(tensors) -> dict:
+    """What other libraries have for tokens of this shape; each computes another function."""
     forms = {}
     q, k, v = (x.transpose(1, 2) for x in tensors[:3])  # [B, L, H, F]
-    lam, gamma, beta = tensors[3], tensors[5], tensors[6]
-    if kind == "linear":
-        try:
-            from fla.ops.ttt import chunk_ttt_linear
-        except ImportError:
-            pass
-        else:
-            eta = lam.transpose(1, 2).unsqueeze(-1).to(q.dtype)
-            forms["fla ttt_linear"] = lambda: chunk_ttt_linear(
-                q, k, v, gamma, beta, eta, scale=1.0, chunk_size=MINI_BATCH
-            )[0]
-        try:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        except ImportError:
-            pass
-        else:
-            gate = lam.transpose(1, 2)
-            forms["fla gated_delta_rule"] = lambda: chunk_gated_delta_rule(
-                q, k, v, -gate, torch.sigmoid(gate).to(q.dtype), use_qk_l2norm_in_kernel=True
-            )[0]
-        try:
-            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-        except ImportError:
-            pass
-        else:
-            forms["mamba2"] = lambda: mamba_chunk_scan_combined(
-                v, lam.transpose(1, 2), -torch.ones_like(gamma[:, 0]), k, q, chunk_size=256
-            )
+    lam_BLH, gamma, beta = tensors[3].transpose(1, 2), tensors[5], tensors[6]
+    with suppress(ImportError):
+        from fla.ops.ttt import chunk_ttt_linear
+
+        eta = lam_BLH.unsqueeze(-1).to(q.dtype)
+        forms["fla ttt_linear"] = lambda: chunk_ttt_linear(
+            q, k, v, gamma, beta, eta, scale=1.0, chunk_size=MINI_BATCH
+        )[0]
+    with suppress(ImportError):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        forms["fla gated_delta_rule"] = lambda: chunk_gated_delta_rule(
+            q, k, v, -lam_BLH, torch.sigmoid(lam_BLH).to(q.dtype), use_qk_l2norm_in_kernel=True
+        )[0]
+    with suppress(ImportError):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        forms["mamba2"] = lambda: mamba_chunk_scan_combined(
+            v, lam_BLH, -torch.ones_like(gamma[:, 0]), k, q, chunk_size=256
+        )
     return forms
 
 

@@ -114,8 +114,8 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype, choices: int) -> 
                     "head_dim": F,
                     "operands": str(dtype).removeprefix("torch."),
                     "target": f"sm_{target}",
-                    "warps": config.num_warps,
                     "block": config.kwargs.get("BM", "-"),
+                    "warps": config.num_warps,
                     **resources(program.asm["cubin"]),
                     "shared_bytes": program.metadata.shared,
                     "shared_limit": SHARED_LIMIT[target],
@@ -126,17 +126,8 @@ def compiled(kind: str, name: str, F: int, dtype: torch.dtype, choices: int) -> 
 
 def row(record: dict) -> str:
     """Of the table."""
-    names = [
-        "kernel",
-        "head_dim",
-        "operands",
-        "target",
-        "block",
-        "warps",
-        "registers",
-        "local_bytes",
-    ]
-    cells = [*(record[name] for name in names), f"{record['shared_bytes'] / 1024:.1f}"]
+    cells = [value for name, value in record.items() if not name.startswith("shared_")]
+    cells.append(f"{record['shared_bytes'] / 1024:.1f}")
     return f"| {' | '.join(map(str, cells))} |"
 
 

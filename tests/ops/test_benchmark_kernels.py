@@ -30,8 +30,9 @@ def test_checks_and_times_every_form(tmp_path):
     assert len(result["checked"]) == 4
     assert all(c["error"] <= c["bound"] for c in result["checked"])
     timed = {(r["kind"], r["form"]) for r in result["timed"]}
-    forms = ("triton", "torch", "naive", "attention")
+    forms = ("triton", "torch", "naive")
     assert timed >= {(kind, form) for kind in ("linear", "mlp") for form in forms}
+    assert ("linear", "attention") in timed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,11 +5,14 @@ backward takes the steps back from kept states. Its state is the difficulty: W1 
 in float32 at F = 64, four such with their gradients 256 KiB, all the registers of a multiprocessor;
 at F = 96 they are 288 and 576 KiB.
 
-- Where both W fit in the registers (F <= 64), the forward holds them there: RESIDENT, one block of
-  all M hidden units. Otherwise, and always in the backward, the state lives in global memory, which
-  for the programs that run at a time is the L2 cache (132 x 256 KiB = 33 MiB at F = 64), and blocks
-  of BM hidden units pass through the registers. The hidden units meet only in sums over M: once for
-  G2 and once for the output, so a mini-batch is two passes over the blocks.
+- The state lives in global memory, which for the programs that run at a time is the L2 cache
+  (132 x 256 KiB = 33 MiB at F = 64), and blocks of BM hidden units pass through the registers. The
+  hidden units meet only in sums over M: once for G2 and once for the output, so a mini-batch is two
+  passes over the blocks.
+- Where both W fit in the registers (F <= 64), the forward may hold them there, RESIDENT, all M
+  hidden units one block. That saves 384 KiB of traffic a mini-batch and leaves a multiprocessor one
+  program of 16 warps, 128 registers a thread and 1.2 KiB of them spilled (sm_90), where blocks of
+  64 run in 4 warps and spill 0.2 KiB. Which is faster is for autotuning to say.
 - The hidden units of one head are not spread over programs: these would have to meet twice in every
   mini-batch through global memory, and batch times heads fills the device anyway.
 - Kept are, of each token, X2, G1 and G2 as the products see them (exact steps back want the very
