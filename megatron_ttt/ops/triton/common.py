@@ -81,10 +81,6 @@ def inner_gradient_backward(
     return dZ, du, du * (fit + residual + gamma * hat)
 
 
-TILE = 256 * 64
-"""The most elements of a float32 tile, one of two that a program holds for long: 64 KiB."""
-
-
 def autotuned(choices: list[dict], key: list[str]):
     """Time these choices of `num_warps` (and BM) once a device and `key`; remember the best on
     disk.
@@ -105,12 +101,14 @@ def autotuned(choices: list[dict], key: list[str]):
 
 
 def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
-    """Those whose blocks of hidden units fit; the first always does."""
+    """Those that give a float32 tile of state at most 32 registers a thread, and blocks no more
+    hidden units than there are; else the second choice, made for large heads."""
 
-    def fits(BM: int) -> bool:
-        return padded(M) >= BM and BM * P <= TILE
+    def fits(config: triton.Config) -> bool:
+        BM = config.kwargs.get("BM", P)
+        return BM * P <= 32 * 32 * config.num_warps and (M == 0 or BM <= padded(M))
 
-    return [config for config in configs if fits(config.kwargs.get("BM", 0))] or configs[:1]
+    return list(filter(fits, configs)) or configs[1:2]
 
 
 def operand_dtype(*tokens: torch.Tensor) -> torch.dtype:

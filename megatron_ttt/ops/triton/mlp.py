@@ -16,7 +16,7 @@ at F = 96 they are 288 and 576 KiB.
 - The hidden units of one head are not spread over programs: these would have to meet twice in every
   mini-batch through global memory, and batch times heads fills the device anyway.
 - Kept are, of each token, X2, G1 and G2 as the products see them (exact steps back want the very
-  operands), Z2, Zbar2 and S2: 26 KiB a mini-batch (K = 16, F = 64, bf16), and every GROUP
+  operands), Z2, Zbar2 and S2: 27 KiB a mini-batch (K = 16, F = 64, bf16), and every GROUP
   mini-batches the state, 8 KiB a mini-batch at 16. Every state would be 129 KiB. Without Z2, Zbar2
   and S2 the backward would make a third pass over the blocks.
 
@@ -44,7 +44,7 @@ from megatron_ttt.ops.triton.common import (
     strides,
 )
 
-FORWARD = [{"BM": 64, "num_warps": 4}, {"BM": 256, "num_warps": 16}]
+FORWARD = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}, {"BM": 256, "num_warps": 16}]
 BACKWARD = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}]
 
 CUBIC = tl.constexpr(0.044715)
