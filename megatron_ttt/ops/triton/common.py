@@ -106,7 +106,7 @@ def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
 
     def fits(config: triton.Config) -> bool:
         BM = config.kwargs.get("BM", P)
-        return BM * P <= 32 * 32 * config.num_warps and (M == 0 or BM <= padded(M))
+        return 32 * 32 * config.num_warps >= BM * P and (M == 0 or padded(M) >= BM)
 
     return list(filter(fits, configs)) or configs[1:2]
 
