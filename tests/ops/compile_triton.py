@@ -27,7 +27,7 @@ from megatron_ttt.ops.triton.common import GROUP, worth_trying
 
 TARGETS = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-BATCH, HEADS, LENGTH, MINI_BATCH = 2, 12, 2048, 16
+BATCH, HEADS, MINI_BATCH = 2, 12, 16
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
@@ -57,7 +57,7 @@ def source(kernel, args, constants) -> ASTSource:
     return ASTSource(function, signature, constexprs=constants, attrs=attributes)
 
 
-def launches(kind: str, F: int, dtype: torch.dtype) -> dict:
+def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048) -> dict:
     """The kernels of a forward and a backward, with the arguments of their launches."""
     module = {"linear": linear, "mlp": mlp}[kind]
     recorders = {
@@ -66,8 +66,8 @@ def launches(kind: str, F: int, dtype: torch.dtype) -> dict:
     vars(module).update(recorders)
     try:
         with torch.device("meta"):
-            q, k, v = torch.empty(3, BATCH, HEADS, LENGTH, F, dtype=dtype)
-            lam, tau = torch.empty(BATCH * HEADS, LENGTH), torch.empty(MINI_BATCH)
+            q, k, v = torch.empty(3, BATCH, HEADS, L, F, dtype=dtype)
+            lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(MINI_BATCH)
             gamma, beta = torch.empty(2, HEADS, F)
             widths = (F, F) if kind == "linear" else (F, 4 * F, F)
             state = [
