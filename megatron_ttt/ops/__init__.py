@@ -2,10 +2,12 @@
 
     output, final_state = ttt_scan(q, k, v, lam, tau, gamma, beta, state)
 
-`naive.py` reads like the maths and is the oracle; `scan.py` is the fast form in plain PyTorch.
+`naive.py` reads like the maths and is the oracle; `scan.py` is the fast form in plain PyTorch;
+`triton/` holds the kernels for GPUs.
 """
 
-from functools import reduce
+import warnings
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -13,7 +15,15 @@ from torch import Tensor
 from megatron_ttt.ops.naive import naive_scan
 from megatron_ttt.ops.scan import torch_scan
 
-BACKENDS = {"naive": naive_scan, "torch": torch_scan}
+
+def triton_scan(*inputs):
+    """As `ttt_scan`, for inputs that `why_not_triton` has nothing against."""
+    from megatron_ttt.ops.triton.scan import triton_scan
+
+    return triton_scan(*inputs)
+
+
+BACKENDS = {"naive": naive_scan, "torch": torch_scan, "triton": triton_scan}
 
 
 def ttt_scan(
@@ -40,7 +50,9 @@ def ttt_scan(
         state: what the inner model starts from. TTT-Linear: W [F, F] and b [1, F]; TTT-MLP: W1
             [F, M], b1 [1, M], W2 [M, F] and b2 [1, F]. Each has leading dimensions [H] (shared by
             the batch) or [B, H].
-        backend: "naive" (autograd through a loop), "torch" (its own backward) or "auto".
+        backend: "naive" (autograd through a loop), "torch" (its own backward), "triton" (kernels:
+            head_dim 16 to 128, mini-batches of 16, 32 or 64, no float64) or "auto": on CUDA
+            "triton" where it can, which it says once where it can not, and otherwise "torch".
 
     Returns:
         The outputs [B, H, L, F], q + LN(Zbar) with its affine part, in q's dtype, and the state
@@ -48,14 +60,14 @@ def ttt_scan(
         but leaves the state alone.
 
     State, statistics and arithmetic are in float32, or in float64 if any argument is; gradients
-    come back in their argument's dtype. Only "naive" can be differentiated twice.
+    come back in their argument's dtype. Only "naive" can be differentiated twice. "triton" rounds
+    the operands of products to bfloat16 if q, k and v are bfloat16.
 
     Raises:
-        ValueError: unknown backend, or a state of neither two nor four tensors.
+        ValueError: unknown backend, a state of neither two nor four tensors, or inputs that
+            "triton", asked for by name, cannot run.
     """
-    if backend == "auto":
-        backend = "torch"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         choices = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"unknown ttt_scan backend {backend!r}: choose one of {choices}")
     if len(state) not in (2, 4):
@@ -64,5 +76,36 @@ def ttt_scan(
     dtype = reduce(torch.promote_types, (x.dtype for x in (*inputs, *state)), torch.float32)
     heads = q_BHLF.shape[:2]
     state = tuple(W.to(dtype).expand(*heads, *W.shape[-2:]) for W in state)
+    if backend == "auto":
+        backend = choose(q_BHLF, tau_K, state)
+    elif backend == "triton":
+        reason = why_not_triton(q_BHLF, tau_K, state)
+        if reason is not None:
+            raise ValueError(f"the Triton kernels cannot run this scan: {reason}")
     with torch.autocast(q_BHLF.device.type, enabled=False):
         return BACKENDS[backend](*inputs, state)
+
+
+def choose(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str:
+    """The fastest backend for these inputs."""
+    if q_BHLF.device.type != "cuda":
+        return "torch"
+    reason = why_not_triton(q_BHLF, tau_K, state)
+    if reason is None:
+        return "triton"
+    say_once(f"ttt_scan runs in PyTorch, not in its Triton kernels: {reason}")
+    return "torch"
+
+
+def why_not_triton(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str | None:
+    """What keeps the kernels from these inputs; None if nothing does."""
+    try:
+        from megatron_ttt.ops.triton.scan import why_not
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    return why_not(q_BHLF, tau_K, state)
+
+
+@cache
+def say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

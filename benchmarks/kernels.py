@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""Check and time the Triton kernels on one GPU, within 8 minutes and offline.
+
+    python benchmarks/kernels.py [--quick] [--minutes 8] [--output FILE.json]
+
+Of the scan, forward and forward + backward, for the four models' heads at 2k, 8k and 32k tokens:
+the kernels, the fast PyTorch form, the naive one, and causal scaled_dot_product_attention of the
+same shape; flash-linear-attention's chunk_ttt_linear, gated delta rule and Mamba-2's scan where
+they can be imported. Bytes and FLOPs a second stand beside two ceilings measured in the same run, a
+device copy and a large matrix product. Before anything is timed the kernels are held to the naive
+form in float64. What is over time is left out and listed.
+
+Without a GPU: one line and exit code 2. --quick takes a tiny shape, and with TRITON_INTERPRET=1
+also runs, for the tests, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from megatron_ttt.ops import ttt_scan
+
+MODELS = {"125m": (12, 64), "350m": (16, 64), "760m": (16, 96), "1b": (32, 64)}  # heads, head_dim
+LENGTHS = (2048, 8192, 32768)
+MINI_BATCH, BASE_LR = 16, {"linear": 1.0, "mlp": 0.1}
+FILL = 384  # batch x heads at 2048 tokens
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, for the tests")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
+    arguments = parser.parse_args()
+    interpreted = arguments.quick and os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        print(
+            "benchmarks/kernels.py: no CUDA device: run it on a machine with a GPU", file=sys.stderr
+        )
+        sys.exit(2)
+    Benchmark("cpu" if interpreted else "cuda", arguments).run()
+
+
+class Benchmark:
+    def __init__(self, device: str, arguments: argparse.Namespace):
+        self.device, self.quick = device, arguments.quick
+        self.name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
+        default = f"benchmarks/results/{self.name.lower().replace(' ', '_')}.json"
+        self.output = arguments.output or Path(default)
+        self.started = time.monotonic()
+        self.ends = self.started + 60 * arguments.minutes
+        self.records: list[dict] = []
+        self.left_out: list[str] = []
+
+    def run(self) -> None:
+        checked = [self.check(kind, dtype) for kind in ("linear", "mlp") for dtype in BOUNDS]
+        ceilings = self.ceilings()
+        print(f"{self.name}: copy {ceilings['bytes_per_s'] / 1e9:.1f} GB/s, "
+              f"matrix product {ceilings['flops_per_s'] / 1e12:.2f} TFLOP/s")  # fmt: skip
+        print("| model | kind | tokens | B x H | form | forward ms | + backward ms | M tokens/s "
+              "| TFLOP/s | GB/s | peak MiB |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+        lengths = (48,) if self.quick else LENGTHS
+        models = {"tiny": (2, 16)} if self.quick else MODELS
+        for length in lengths:
+            for model, (heads, head_dim) in models.items():
+                batch = max(1, (2 if self.quick else FILL * LENGTHS[0]) // (heads * length))
+                for kind in ("linear", "mlp"):
+                    self.compare(model, kind, batch, heads, length, head_dim)
+        result = {
+            "device": self.name,
+            "torch": torch.__version__,
+            "first_calls_s": {c["kind"] + " " + c["dtype"]: c["first_call_s"] for c in checked},
+            "checked": checked,
+            "ceilings": ceilings,
+            "timed": self.records,
+            "left_out": self.left_out,
+            "seconds": time.monotonic() - self.started,
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(result, indent=1) + "\n")
+        for name in self.left_out:
+            print(f"left out: {name}")
+        wrong = [c for c in checked if c["error"] > c["bound"]]
+        if wrong:
+            sys.exit(f"the kernels are wrong: {wrong}")
+
+    def inputs(self, kind, B, H, L, D, dtype) -> list[torch.Tensor]:
+        """As the mixer gives them: tokens [B, H, L, F] views of [L, B, H, F], all else float32."""
+        torch.manual_seed(0)
+        M = 4 * D
+        new = {"device": self.device}
+        tensors = [torch.randn(L, B, H, D, **new).to(dtype).permute(1, 2, 0, 3) for _ in range(3)]
+        tensors.append(BASE_LR[kind] * torch.rand(B, H, L, **new) / D)
+        tensors.append(1 / torch.arange(1, MINI_BATCH + 1, **new))
+        tensors += [torch.ones(H, D, **new), torch.zeros(H, D, **new)]
+        shapes = [(D, D), (1, D)] if kind == "linear" else [(D, M), (1, M), (M, D), (1, D)]
+        tensors += [0.02 * torch.randn(H, *shape, **new) for shape in shapes]
+        return [x.requires_grad_() for x in tensors]
+
+    def check(self, kind: str, dtype: torch.dtype) -> dict:
+        """The worst relative error of outputs and gradients; the first call's time."""
+        shape = (1, 2, 37, 16) if self.quick else (2, 3, 16 * 40 + 5, 64)
+        tensors = self.inputs(kind, *shape, dtype)
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        results = []
+        seconds = []
+        for given, backend in ((tensors, "triton"), (exact, "naive")):
+            self.synchronise()
+            started = time.perf_counter()
+            out, final = ttt_scan(*given[:7], tuple(given[7:]), backend=backend)
+            if not results:
+                upstream = [torch.randn_like(x) for x in (out, *final)]
+            ups = [u.to(x.dtype) for u, x in zip(upstream, (out, *final))]
+            results.append([out, *final, *torch.autograd.grad([out, *final], given, ups)])
+            self.synchronise()
+            seconds.append(time.perf_counter() - started)
+        error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results))
+        name = str(dtype).removeprefix("torch.")
+        print(f"{kind} {name}: worst relative error {error:.1e}, first call {seconds[0]:.1f} s",
+              flush=True)  # fmt: skip
+        return {"kind": kind, "dtype": name, "error": error, "bound": BOUNDS[dtype],
+                "first_call_s": seconds[0]}  # fmt: skip
+
+    def ceilings(self) -> dict:
+        """Bytes a second of a device copy (read and written), FLOPs a second of a bf16 product."""
+        size = 256 if self.quick else 8192
+        a, b = torch.randn(2, size, size, device=self.device).bfloat16()
+        copied = torch.empty_like(a)
+        return {
+            "bytes_per_s": 2 * a.nbytes / self.seconds(lambda: copied.copy_(a)),
+            "flops_per_s": 2 * size**3 / self.seconds(lambda: a @ b),
+        }
+
+    def compare(self, model, kind, batch, heads, length, head_dim) -> None:
+        """Time every form of the scan at one shape."""
+        tensors = self.inputs(kind, batch, heads, length, head_dim, torch.bfloat16)
+        tokens = batch * length
+        flops = scan_flops(kind, heads * head_dim, head_dim) * tokens
+        # q, k, v, output; then those, dout and four gradients' worth: what cannot be avoided.
+        traffic = 2 * tokens * heads * head_dim
+        forms = {
+            backend: lambda backend=backend: ttt_scan(
+                *tensors[:7], tuple(tensors[7:]), backend=backend
+            )[0]
+            for backend in ("triton", "torch", "naive")
+            if backend != "naive" or length == LENGTHS[0] or self.quick
+        }
+        q, k, v = tensors[:3]
+        if kind == "linear":  # these know no inner MLP
+            forms["attention"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            forms.update(other_forms(tensors))
+        for form, function in forms.items():
+            name = f"{model} {kind}, {length} tokens, {form}"
+            if time.monotonic() > self.ends:
+                self.left_out.append(f"{name}: out of time")
+                continue
+            try:
+                record = self.time(function, tensors)
+            except Exception as error:
+                self.left_out.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            both = record["forward_s"] + record["backward_s"]
+            record.update(model=model, kind=kind, batch=batch, heads=heads, length=length,
+                          head_dim=head_dim, form=form, tokens_per_s=tokens / both)  # fmt: skip
+            if form in ("triton", "torch", "naive"):
+                record.update(flops_per_s=3 * flops / both, bytes_per_s=12 * traffic / both)
+            self.records.append(record)
+            print(row(record), flush=True)
+
+    def time(self, function, tensors) -> dict:
+        """Medians of a forward and a backward, and the peak memory of both over the start."""
+        out = function()
+        upstream = torch.randn_like(out)
+        wanted = [x for x in tensors if x.requires_grad]
+
+        def both():
+            torch.autograd.grad(function(), wanted, upstream, allow_unused=True)
+
+        both()
+        peak = None
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both()
+            peak = torch.cuda.max_memory_allocated() - before
+        forward = self.seconds(function)
+        total = self.seconds(both)
+        return {"forward_s": forward, "backward_s": total - forward, "peak_bytes": peak}
+
+    def seconds(self, function) -> float:
+        """Median time, warm; of some twenty calls, fewer where they are slow."""
+        function()
+        times, until = [], time.monotonic() + 1
+        while len(times) < 3 or (len(times) < 20 and time.monotonic() < until):
+            self.synchronise()
+            started = time.perf_counter()
+            function()
+            self.synchronise()
+            times.append(time.perf_counter() - started)
+            if self.quick:
+                break
+        return sorted(times)[len(times) // 2]
+
+    def synchronise(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def scan_flops(kind: str, D: int, f: int) -> int:
+    """A forward's, per token; docs/mathematics.md, Cost."""
+    return D * (6 * f + 4 * MINI_BATCH) if kind == "linear" else D * (56 * f + 20 * MINI_BATCH)
+
+
+def other_forms(tensors) -> dict:
+    """What other libraries have for tokens of this shape; each computes another function."""
+    forms = {}
+    q, k, v = (x.transpose(1, 2) for x in tensors[:3])  # [B, L, H, F]
+    lam_BLH, gamma, beta = tensors[3].transpose(1, 2), tensors[5], tensors[6]
+    with suppress(ImportError):
+        from fla.ops.ttt import chunk_ttt_linear
+
+        eta = lam_BLH.unsqueeze(-1).to(q.dtype)
+        forms["fla ttt_linear"] = lambda: chunk_ttt_linear(
+            q, k, v, gamma, beta, eta, scale=1.0, chunk_size=MINI_BATCH
+        )[0]
+    with suppress(ImportError):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        forms["fla gated_delta_rule"] = lambda: chunk_gated_delta_rule(
+            q, k, v, -lam_BLH, torch.sigmoid(lam_BLH).to(q.dtype), use_qk_l2norm_in_kernel=True
+        )[0]
+    with suppress(ImportError):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        forms["mamba2"] = lambda: mamba_chunk_scan_combined(
+            v, lam_BLH, -torch.ones_like(gamma[:, 0]), k, q, chunk_size=256
+        )
+    return forms
+
+
+def row(record: dict) -> str:
+    peak = record["peak_bytes"]
+    rates = [
+        f"{record[key] / unit:.2f}" if key in record else "-"
+        for key, unit in (("flops_per_s", 1e12), ("bytes_per_s", 1e9))
+    ]
+    return (
+        f"| {record['model']} | {record['kind']} | {record['length']} "
+        f"| {record['batch'] * record['heads']} | {record['form']} "
+        f"| {record['forward_s'] * 1e3:.3f} "
+        f"| {(record['forward_s'] + record['backward_s']) * 1e3:.3f} "
+        f"| {record['tokens_per_s'] / 1e6:.3f} | {' | '.join(rates)} "
+        f"| {'-' if peak is None else round(peak / 2**20)} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

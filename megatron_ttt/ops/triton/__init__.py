@@ -1,0 +1,1 @@
+"""The scan as fused Triton kernels, forward and backward. See `scan.py`."""

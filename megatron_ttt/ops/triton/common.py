@@ -1,0 +1,136 @@
+"""What the kernels of both inner models share: tiles of tokens, LayerNorm, the loss, products.
+
+Tiles are transposed: the rows are features, the columns the K tokens of a mini-batch. A product's
+rows are what tensor cores and warps divide among them, and 16 tokens would be too few: every warp
+would hold, and compute, all of them. The F features are padded to a power of two P (96 becomes
+128). Padded rows, and columns past the end of a ragged mini-batch, are zero wherever they could be
+summed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+GROUP = 16
+"""Mini-batches from one kept state to the next."""
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+LN_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def operand(x, DOT: tl.constexpr):
+    """`x` rounded to DOT, the dtype in which products take their operands, and back to float32."""
+    return x.to(DOT).to(tl.float32)
+
+
+# Triton's interpreter multiplies bfloat16 operands wrongly, and silently.
+INTERPRETED = tl.constexpr(not isinstance(operand, triton.JITFunction))
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr):
+    """a @ b with operands in DOT, summed in float32; all products pass through here."""
+    a, b = a.to(DOT), b.to(DOT)
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")  # float32 would else be TF32
+
+
+@triton.jit
+def load_tokens(pointer, features, tokens, stride, inside):
+    """A tile [P, K] of tokens in float32, zeros where not `inside`."""
+    return tl.load(pointer + tokens * stride + features, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def mean(x, F: tl.constexpr):
+    """Over the features, [P, K] to [1, K]."""
+    return (tl.sum(x, 0) / F)[None, :]
+
+
+@triton.jit
+def normalise(Z, features, F: tl.constexpr, P: tl.constexpr):
+    """LayerNorm without its affine part, and 1/s: [P, K] and [1, K]."""
+    centred = Z - mean(Z, F)
+    if F != P:
+        centred = tl.where(features < F, centred, 0.0)
+    rstd = tl.rsqrt(mean(centred * centred, F) + LN_EPS)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def project(y, hat, rstd, features, F: tl.constexpr, P: tl.constexpr):
+    """LayerNorm's backward, Pi(y)."""
+    y = (y - mean(y, F) - hat * mean(y * hat, F)) * rstd
+    if F != P:
+        y = tl.where(features < F, y, 0.0)
+    return y
+
+
+@triton.jit
+def inner_gradient_backward(
+    dG, G, hat, rstd, residual, gamma, beta, features, F: tl.constexpr, P: tl.constexpr
+):
+    """Second order, docs/mathematics.md, backward, step 4: from dG to dZ, du and what sums to
+    dgamma. residual = x - v."""
+    du = project(dG, hat, rstd, features, F, P)
+    fit = gamma * hat + beta
+    h = mean(gamma * (fit + residual) * hat, F)
+    dZ = project(gamma * gamma * du - h * rstd * dG, hat, rstd, features, F, P)
+    dZ -= rstd * (mean(dG * hat, F) * G + mean(dG * G, F) * hat)
+    return dZ, du, du * (fit + residual + gamma * hat)
+
+
+def autotuned(choices: list[dict], key: list[str]):
+    """Time these choices of `num_warps` (and BM) once a device and `key`; remember the best on
+    disk.
+
+    Loops are not software-pipelined (one stage): Triton would load state that a kernel keeps in
+    memory ahead of the mini-batch that writes it.
+    """
+    configs = [
+        triton.Config(
+            {name: value for name, value in choice.items() if name != "num_warps"},
+            num_warps=choice["num_warps"],
+            num_stages=1,
+        )
+        for choice in choices[: 1 if INTERPRETED.value else None]
+    ]
+    prune = {"early_config_prune": worth_trying}
+    return triton.autotune(configs, key, prune_configs_by=prune, cache_results=True)
+
+
+def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
+    """Those that give a float32 tile of state at most 32 registers a thread, and blocks no more
+    hidden units than there are; else the second choice, made for large heads."""
+
+    def fits(config: triton.Config) -> bool:
+        BM = config.kwargs.get("BM", P)
+        return 32 * 32 * config.num_warps >= BM * P and (M == 0 or padded(M) >= BM)
+
+    return list(filter(fits, configs)) or configs[1:2]
+
+
+def operand_dtype(*tokens: torch.Tensor) -> torch.dtype:
+    """In which products take their operands: bfloat16 if all tokens are."""
+    return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tokens) else torch.float32
+
+
+def padded(width: int) -> int:
+    """The power of two a tile of `width` takes."""
+    return triton.next_power_of_2(width)
+
+
+def kept_states(L: int, K: int, group: int) -> int:
+    """How many states are kept of a sequence."""
+    return triton.cdiv(triton.cdiv(L, K), group)
+
+
+def strides(*tokens: torch.Tensor) -> list[int]:
+    """Of batch, head and sequence; features are adjacent."""
+    return [stride for x_BHLF in tokens for stride in x_BHLF.stride()[:3]]
+
+
+def new(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Uninitialised float32."""
+    return like.new_empty(shape, dtype=torch.float32)

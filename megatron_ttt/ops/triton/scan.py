@@ -1,0 +1,85 @@
+"""The scan through Triton kernels: what they take, and their place in autograd."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ttt.ops.triton import linear, mlp
+from megatron_ttt.ops.triton.common import GROUP, INTERPRETED
+
+KERNELS = {2: linear, 4: mlp}  # by the number of tensors in the state
+HEAD_DIM = range(16, 129)
+MINI_BATCH = (16, 32, 64)
+
+
+def why_not(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str | None:
+    """What keeps the kernels from these inputs; None if nothing does."""
+    F, K, device = q_BHLF.shape[-1], len(tau_K), q_BHLF.device.type
+    if F not in HEAD_DIM:
+        return f"head_dim is {F}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
+    if K not in MINI_BATCH:
+        return f"mini_batch_size is {K}: they take 16, 32 or 64"
+    if state[0].dtype != torch.float32:
+        return f"they compute in float32, not {state[0].dtype}"
+    if device != "cuda" and not INTERPRETED.value:
+        return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
+    return None
+
+
+def triton_scan(q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, state, group=GROUP):
+    """As `ttt_scan`, with the state [B, H, ...] in float32; one state kept in `group` mini-batches.
+
+    Products take bfloat16 operands if q, k and v are bfloat16, else float32 ones; all else is
+    float32. Two runs agree bit for bit.
+    """
+    inputs = q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, *state
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    output, *final_state = Scan.apply(keep, group, *inputs)
+    return output, tuple(final_state)
+
+
+class Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keep, group, q, k, v, lam, tau, gamma, beta, *state):
+        ctx.dtypes = [x.dtype for x in (lam, tau, gamma, beta)]
+        q, k, v = map(with_adjacent_features, (q, k, v))
+        lam, tau, gamma, beta = (x.float().contiguous() for x in (lam, tau, gamma, beta))
+        state = [W if W[0, 0].is_contiguous() else W.contiguous() for W in state]
+        ctx.kernels, ctx.group = KERNELS[len(state)], group
+        with torch.cuda.device_of(q):
+            output, final_state, kept = ctx.kernels.forward(
+                q, k, v, lam.flatten(0, 1), tau, gamma, beta, state, group, keep
+            )
+        if keep:
+            ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *kept)
+        ctx.state_shapes = [W.shape for W in final_state]
+        ctx.set_materialize_grads(False)
+        return output, *final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, *d_final_state):
+        q, k, v, lam, tau, gamma, beta, *kept = ctx.saved_tensors
+        B, H = q.shape[:2]
+        d_output = torch.zeros_like(q) if d_output is None else with_adjacent_features(d_output)
+        d_final_state = [
+            lam.new_zeros(shape) if d is None else d.contiguous()
+            for d, shape in zip(d_final_state, ctx.state_shapes)
+        ]
+        with torch.cuda.device_of(q):
+            *d_tokens, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, d_state = ctx.kernels.backward(
+                q, k, v, lam.flatten(0, 1), tau, gamma, beta, kept, ctx.group,
+                d_output, d_final_state,
+            )  # fmt: skip
+        shared = (
+            dlam_AL.unflatten(0, (B, H)),
+            dtau_AK.sum(0),
+            dgamma_AF.unflatten(0, (B, H)).sum(0),
+            dbeta_AF.unflatten(0, (B, H)).sum(0),
+        )
+        shared = (d.to(dtype) for d, dtype in zip(shared, ctx.dtypes))
+        return None, None, *d_tokens, *shared, *d_state
+
+
+def with_adjacent_features(x_BHLF: Tensor) -> Tensor:
+    return x_BHLF if x_BHLF.stride(-1) == 1 else x_BHLF.contiguous()

@@ -1,0 +1,44 @@
+"""The kernels' benchmark runs its whole course where it can, and says so where it cannot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import ROOT, environment
+
+pytest.importorskip("triton")
+
+
+def benchmark(*arguments, **extra):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/kernels.py", *arguments],
+        env={**environment(), "PYTHONPATH": str(ROOT), **extra},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_checks_and_times_every_form(tmp_path):
+    output = tmp_path / "result.json"
+    extra = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = benchmark("--quick", "--output", output, **extra)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(output.read_text())
+    assert len(result["checked"]) == 4
+    assert all(c["error"] <= c["bound"] for c in result["checked"])
+    timed = {(r["kind"], r["form"]) for r in result["timed"]}
+    forms = ("triton", "torch", "naive")
+    assert timed >= {(kind, form) for kind in ("linear", "mlp") for form in forms}
+    assert ("linear", "attention") in timed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    output = tmp_path / "result.json"
+    done = benchmark("--output", output)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
+    assert not output.exists()

@@ -1,0 +1,100 @@
+"""The Triton kernels against the naive form in float64: interpreted, or compiled on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import ROOT, environment
+from test_scan import inputs
+
+from megatron_ttt import ops
+from megatron_ttt.ops import ttt_scan
+
+pytest.importorskip("triton")
+CASES = (
+    "groups",
+    "ragged, a state per sequence",
+    "shorter than a mini-batch",
+    "head_dim 64",
+    "head_dim 96",
+    "head_dim 128, mini-batches of 64",
+    "head_dim 20, mini-batches of 32",
+    "bf16 groups, a state per sequence",
+    "bf16 head_dim 96",
+)
+
+
+@cache
+def measured(kind: str) -> dict:
+    """What triton_cases.py says, one process a kind."""
+    env = environment()
+    if not torch.cuda.is_available():
+        env["TRITON_INTERPRET"] = "1"
+    paths = (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/ops"))
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    script = Path(__file__).with_name("triton_cases.py")
+    done = subprocess.run([sys.executable, script, kind], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compute_the_naive_form(kind, case):
+    """Outputs, states and gradients, written all over NaN-filled buffers; twice the same bits."""
+    result = measured(kind)[case]
+    bound = 2e-2 if case.startswith("bf16") else 1e-5
+    for name, error in result["errors"].items():
+        assert error < bound, name  # NaN is not
+    assert result["repeats"]
+    assert result["same without gradients"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_part_of_the_gradients(kind):
+    """Of the outputs alone, for some of the inputs, inside activation checkpointing."""
+    for name, error in measured(kind)["a part of the gradients"]["errors"].items():
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "F,K,dtype,reason",
+    [
+        (8, 16, torch.float32, "head_dim is 8: they take 16 to 128"),
+        (16, 4, torch.float32, "mini_batch_size is 4: they take 16, 32 or 64"),
+        (16, 16, torch.float64, "they compute in float32, not torch.float64"),
+    ],
+)
+def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
+    """Asked for by name they refuse; `auto` takes PyTorch and says so once."""
+    tensors = inputs("linear", 1, 1, 8, F, K, dtype=dtype)
+    with pytest.raises(ValueError, match=reason):
+        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="triton")
+
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
+    ops.say_once.cache_clear()
+    with pytest.warns(UserWarning, match=reason):
+        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
+
+
+def test_auto_takes_the_kernels_on_cuda():
+    tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
+    assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "triton"
+    assert ops.choose(tensors[0], tensors[4], tensors[7:]) == "torch"
+
+
+def test_needs_a_gpu_or_the_interpreter():
+    tensors = inputs("linear", 1, 1, 16, 16, 16, dtype=torch.float32)
+    with pytest.raises(ValueError, match="they need a CUDA device, not cpu"):
+        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="triton")

@@ -1,0 +1,66 @@
+"""What the recipes launch compiles ahead of time for sm_80 and sm_90, on any machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import environment
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[dict]:
+    output = tmp_path_factory.mktemp("compiled") / "records.json"
+    env = environment()
+    env.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_triton.py")
+    command = [sys.executable, script, "--choices", "1", "--output", output]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def test_every_variant_compiles(records):
+    """TTT-Linear and TTT-MLP, both passes, heads of 64 and 96, two generations of GPUs."""
+    variants = {(r["kernel"], r["head_dim"], r["target"]) for r in records}
+    kernels = [f"{kind}_{way}" for kind in ("linear", "mlp") for way in ("forward", "backward")]
+    assert variants == {(k, F, t) for k in kernels for F in (64, 96) for t in ("sm_80", "sm_90")}
+    assert {r["operands"] for r in records} == {"bfloat16"}
+
+
+def test_shared_memory_fits_a_multiprocessor(records):
+    for record in records:
+        assert 0 < record["shared_bytes"] <= record["shared_limit"], record
+
+
+def test_heads_of_64_hardly_spill_on_sm_90(records):
+    """Registers that do not fit cost loads from local memory; the bound is what is known."""
+    for record in records:
+        if record["head_dim"] == 64 and record["target"] == "sm_90":
+            bound = 2048 if record["kernel"] == "mlp_backward" else 512
+            assert record["local_bytes"] <= bound, record
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing would be compiled")
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_one_compilation_serves_every_length(kind):
+    """Triton's key of a compiled kernel is the same at every sequence length."""
+    from compile_triton import launches
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    keys = {}
+    for L in (1, 16, 2048, 2053):
+        for name, (kernel, args, constants) in launches(kind, 64, torch.bfloat16, L).items():
+            function = kernel.fn
+            bind = create_function_from_signature(function.signature, function.params, backend)
+            constants = {**constants, **kernel.configs[0].kwargs}
+            keys.setdefault(name, set()).add(str(bind(*args, **constants)[1]))
+    assert len(keys) == 2 and all(len(found) == 1 for found in keys.values())
