@@ -1,62 +1,88 @@
-"""An official-format directory in, a checkpoint that any layout can load out."""
+"""An official directory, or a JAX checkpoint, in; a checkpoint that any layout can load out."""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_ttt import platform as platforms
-from megatron_ttt.config import Config, ModelConfig, TrainingConfig, to_dict
+from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.config import Config, TrainingConfig, to_dict
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import model_from_official
+from megatron_ttt.hf.configuration import model_from_official, read_official
+from megatron_ttt.hf.jax_streaming import JaxTensors
+from megatron_ttt.hf.mapping import official_shapes, pack
+from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
+from megatron_ttt.hf.verification import build_on_cpu, verify
+from megatron_ttt.model import global_parameters
+
+# Constants that some writers store among the weights.
+_CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
+_HEAD = "lm_head.weight"
 
 
 def import_directory(source: Path, output: Path) -> None:
-    """Read config.json and *.safetensors of `source`; write the checkpoint folder `output`.
+    """Read config.json and *.safetensors (or pytorch_model*.bin) of `source`.
 
-    Runs on the CPU. Weights are stored in float32, or float64 where they are that.
+    Writes the checkpoint folder `output`; runs on the CPU. Every tensor keeps its dtype. Raises
+    UserError, and writes nothing, where the weights do not fit or the models differ.
     """
+    import_tensors(OfficialTensors(source), read_official(source / "config.json"), output)
+
+
+def import_jax(source: Path, config: Path, output: Path) -> None:
+    """Read the official JAX trainer's streaming checkpoint; `config` is an official config.json."""
+    import_tensors(JaxTensors(source), read_official(config), output)
+
+
+def import_tensors(
+    source: OfficialTensors | JaxTensors, official: dict[str, Any], output: Path
+) -> None:
+    """Write official tensors as a checkpoint of weights alone, verified before it has its name."""
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
-    try:
-        official = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {source / 'config.json'}: {error}") from None
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{source} holds no .safetensors file")
-    from safetensors.torch import load_file
-
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    write_checkpoint(model_from_official(official), tensors, output)
-
-
-def write_checkpoint(model: ModelConfig, official: dict[str, Tensor], output: Path) -> None:
-    """Write official global tensors as a checkpoint of weights alone."""
-    stored = {tensor.dtype for tensor in official.values()}
-    dtype = torch.float64 if torch.float64 in stored else torch.float32
-    config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
-    platform = platforms.start("cpu")
-    platforms.start_process_group(platform)
-    from megatron.core import parallel_state
+    model = model_from_official(official)
+    _check_tensors(source, official_shapes(model))
 
     from megatron_ttt.checkpoint.state import save_checkpoint
-    from megatron_ttt.hf.mapping import load_official
-    from megatron_ttt.model import build_chunk, core_config
 
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
-        platforms.seed_everything(0)
-    chunk = build_chunk(config, core_config(config, platform, dtype), None)
+    chunk = build_on_cpu(model, torch.float32)
+    for name, parameter in global_parameters(chunk):
+        parameter.data = pack(model, name, source.read)
+    config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
+    state = {"step": 0, "config": {"model": to_dict(config)["model"]}, "official": official}
+    unverified = output.parent / f".unverified-{output.name}"
     try:
-        load_official(chunk, model, official)
-    except KeyError as missing:
-        raise UserError(f"the weights lack {missing}, which config.json asks for") from None
-    except ValueError as error:
-        raise UserError(f"the weights do not fit config.json: {error}") from None
-    state: dict[str, Any] = {"step": 0, "config": {"model": to_dict(config)["model"]}}
-    save_checkpoint(output, [chunk], None, state)
+        save_checkpoint(unverified, [chunk], None, state)
+        del chunk, parameter
+        written = CheckpointTensors(open_checkpoint(unverified))
+        verify(model, written.read, source.read, None)
+        os.rename(unverified, output)
+    finally:
+        shutil.rmtree(unverified, ignore_errors=True)
+
+
+def _check_tensors(
+    source: OfficialTensors | JaxTensors, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Every tensor the configuration asks for, of its shape, and no other."""
+    for name, shape in shapes.items():
+        if name not in source.names:
+            raise UserError(f"the weights lack {name}, which config.json asks for")
+        if source.shape(name) != shape:
+            raise UserError(
+                f"the weights do not fit config.json: {name} is {source.shape(name)}, not {shape}"
+            )
+    unknown = sorted(name for name in source.names - set(shapes) if not _CONSTANT.search(name))
+    if _HEAD in unknown:
+        unknown.remove(_HEAD)
+        embedding = "model.embed_tokens.weight"
+        if not torch.equal(source.read(_HEAD), source.read(embedding)):
+            raise UserError(f"{_HEAD} is not {embedding}; only tied heads are supported")
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(f"the weights hold {unknown[0]}{more}, which config.json has no place for")
