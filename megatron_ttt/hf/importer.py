@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,9 @@ from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import model_from_official, read_official
 from megatron_ttt.hf.jax_streaming import JaxTensors
 from megatron_ttt.hf.mapping import official_shapes, pack
-from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
+from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
 from megatron_ttt.hf.verification import build_on_cpu, verify
 from megatron_ttt.model import global_parameters
-
-# Constants that some writers store among the weights.
-_CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
-_HEAD = "lm_head.weight"
 
 
 def import_directory(source: Path, output: Path) -> None:
@@ -46,7 +41,7 @@ def import_tensors(
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
     model = model_from_official(official)
-    _check_tensors(source, official_shapes(model))
+    check_official(source, official_shapes(model))
 
     from megatron_ttt.checkpoint.state import save_checkpoint
 
@@ -64,25 +59,3 @@ def import_tensors(
         os.rename(unverified, output)
     finally:
         shutil.rmtree(unverified, ignore_errors=True)
-
-
-def _check_tensors(
-    source: OfficialTensors | JaxTensors, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """Every tensor the configuration asks for, of its shape, and no other."""
-    for name, shape in shapes.items():
-        if name not in source.names:
-            raise UserError(f"the weights lack {name}, which config.json asks for")
-        if source.shape(name) != shape:
-            raise UserError(
-                f"the weights do not fit config.json: {name} is {source.shape(name)}, not {shape}"
-            )
-    unknown = sorted(name for name in source.names - set(shapes) if not _CONSTANT.search(name))
-    if _HEAD in unknown:
-        unknown.remove(_HEAD)
-        embedding = "model.embed_tokens.weight"
-        if not torch.equal(source.read(_HEAD), source.read(embedding)):
-            raise UserError(f"{_HEAD} is not {embedding}; only tied heads are supported")
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(f"the weights hold {unknown[0]}{more}, which config.json has no place for")

@@ -42,7 +42,8 @@ _QKV = "self_attention.linear_qkv.weight"
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of a model under our name, and its global shape (without padding)."""
-    D, I, H, f = model.hidden_size, model.ffn_hidden_size, model.num_heads, model.head_dim
+    D, H, f = model.hidden_size, model.num_heads, model.head_dim
+    width = model.ffn_hidden_size
     tails: dict[str, tuple[int, ...]] = {}
     if model.is_mamba:
         tails |= {"pre_conv.norm.weight": (D,), **_conv("pre_conv.conv", model)}
@@ -69,8 +70,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tails |= {f"self_attention.{name}": shape for name, shape in mixer.items()}
     tails |= {
         "pre_mlp_layernorm.weight": (D,),
-        "mlp.linear_fc1.weight": (2 * I, D),
-        "mlp.linear_fc2.weight": (D, I),
+        "mlp.linear_fc1.weight": (2 * width, D),
+        "mlp.linear_fc2.weight": (D, width),
     }
     shapes = {EMBEDDING: (model.vocab_size, D)}
     for layer in range(model.num_layers):

@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, what it was trained on, how, and how far it came."""
+"""The README.md of an export: what the model is, its data and recipe, and how far it came."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ state at the start of a mini-batch, gW, gb the gradients summed since, x the key
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -307,7 +308,7 @@ class TTTMixer(nn.Module):
         self.ttt_norm_bias = nn.Parameter(torch.zeros(H, size))
         widths = (size, size) if config.ttt_layer_type == "linear" else (size, 4 * size, size)
         self.state_names = []
-        for i, (rows, columns) in enumerate(zip(widths, widths[1:]), start=1):
+        for i, (rows, columns) in enumerate(pairwise(widths), start=1):
             setattr(self, f"W{i}", nn.Parameter(torch.zeros(H, rows, columns)))
             setattr(self, f"b{i}", nn.Parameter(torch.zeros(H, 1, columns)))
             self.state_names += [f"W{i}", f"b{i}"]

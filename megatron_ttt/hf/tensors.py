@@ -7,6 +7,7 @@ two's the official ones. Nothing larger than one tensor is held.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.planner import LoadPlanner
 
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.errors import UserError
+
+# Constants that some writers store among the weights.
+_CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
+_HEAD = "lm_head.weight"
 
 # megatron-core stores these two norms under the names of its fused layers.
 _STORED = {
@@ -173,3 +177,26 @@ class OfficialTensors:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def check_official(source, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse official weights unless every tensor of `shapes` is there, of its shape, and no other.
+
+    A head that equals the embedding is tolerated. Raises UserError.
+    """
+    for name, shape in shapes.items():
+        if name not in source.names:
+            raise UserError(f"the weights lack {name}, which config.json asks for")
+        if source.shape(name) != shape:
+            raise UserError(
+                f"the weights do not fit config.json: {name} is {source.shape(name)}, not {shape}"
+            )
+    unknown = sorted(name for name in source.names - set(shapes) if not _CONSTANT.search(name))
+    if _HEAD in unknown:
+        unknown.remove(_HEAD)
+        embedding = "model.embed_tokens.weight"
+        if not torch.equal(source.read(_HEAD), source.read(embedding)):
+            raise UserError(f"{_HEAD} is not {embedding}; only tied heads are supported")
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(f"the weights hold {unknown[0]}{more}, which config.json has no place for")
