@@ -16,7 +16,7 @@ class TTTConfig(PretrainedConfig):
     """
 
     model_type = "ttt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -449,6 +449,14 @@ class TTTPreTrainedModel(PreTrainedModel):
     # Generation carries a TTTCache, which cannot be rolled back.
     _is_stateful = True
 
+    def __init__(self, config: TTTConfig):
+        super().__init__(config)
+        # What the inner loop starts from is trained in float32, and stays so in a bf16 model.
+        names = ["learnable_ttt_lr_weight", "learnable_ttt_lr_bias", "learnable_token_idx"]
+        names += ["ttt_norm_weight", "ttt_norm_bias", "W1", "b1"]
+        names += ["W2", "b2"] if config.ttt_layer_type == "mlp" else []
+        self._keep_in_fp32_modules_strict = names
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
