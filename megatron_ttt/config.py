@@ -182,6 +182,11 @@ class CheckpointConfig:
     """Steps between `milestone-STEP/`, which are never removed; 0: none."""
     keep: int = 5
     """Newest checkpoints kept (milestones aside); 0: all."""
+    export_final: bool | None = None
+    """Write the last step's weights as a Hugging Face directory, `final_model/`; null: where
+    data.tokenizer_model is set."""
+    export_milestones: bool = False
+    """Write one beside each milestone too, `milestone-STEP-hf/`, while training goes on."""
     load: str = "auto"
     """auto: go on from the newest checkpoint in run.dir; none: start anew. A checkpoint folder:
     start from it, unless run.dir has a checkpoint already; one of run.dir's own: go back to it."""

@@ -26,12 +26,14 @@ def import_directory(source: Path, output: Path) -> None:
     Writes the checkpoint folder `output`; runs on the CPU. Every tensor keeps its dtype. Raises
     UserError, and writes nothing, where the weights do not fit or the models differ.
     """
-    import_tensors(OfficialTensors(source), read_official(source / "config.json"), output)
+    official = read_official(source / "config.json")
+    import_tensors(OfficialTensors(source), official, output)
 
 
 def import_jax(source: Path, config: Path, output: Path) -> None:
     """Read the official JAX trainer's streaming checkpoint; `config` is an official config.json."""
-    import_tensors(JaxTensors(source), read_official(config), output)
+    official = read_official(config)
+    import_tensors(JaxTensors(source), official, output)
 
 
 def import_tensors(

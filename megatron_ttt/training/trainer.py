@@ -23,12 +23,14 @@ from megatron_ttt.checkpoint.store import (
     checkpoint_name,
     find_newest,
     link_milestone,
+    milestone_name,
     open_checkpoint,
     prune,
 )
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
+from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.metrics import MetricsLog, say
@@ -40,6 +42,9 @@ from megatron_ttt.training.optimizer import (
 )
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
+
+FINAL_MODEL = "final_model"
+"""Folder of the finished model, as a Hugging Face directory, in the run folder."""
 
 
 def start(config: Config) -> platforms.Platform:
@@ -67,6 +72,7 @@ class Trainer:
         self.config, self.platform = config, platform
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
+        self.exports = BackgroundExports()
         # Everything a user can have got wrong is looked at before the slow building.
         self.resume_from = self._find_checkpoint()
         self.data = open_data(config)
@@ -152,6 +158,7 @@ class Trainer:
                 self.save()
         if log is not None:
             log.close()
+        self._wait_for_exports()
 
     def train_step(self, microbatches: list[torch.Tensor]) -> dict[str, float]:
         """One optimizer step on this rank's microbatches; returns what it measured."""
@@ -205,10 +212,31 @@ class Trainer:
         save_checkpoint(path, self.chunks, self.optimizer, state)
         if not self.is_first_rank:
             return
+        options = self.config.checkpoint
         if self._milestone_due():
             link_milestone(path, self.step)
-        prune(self.run_dir, self.config.checkpoint.keep)
+            if options.export_milestones:
+                milestone = self.run_dir / milestone_name(self.step)
+                self.exports.start(milestone, self.run_dir / f"{milestone.name}-hf")
+        prune(self.run_dir, options.keep)
         say(f"Saved {path} in {time.perf_counter() - started:.1f}s")
+        wanted = options.export_final
+        if wanted is None:
+            wanted = self.config.data.tokenizer_model is not None
+        if wanted and self.step == self.config.training.steps:
+            self.exports.start(path, self.run_dir / FINAL_MODEL)
+
+    def _wait_for_exports(self) -> None:
+        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
+        running = torch.ones((), dtype=torch.int32, device=self.platform.device)
+        while True:
+            running.fill_(int(not self.exports.finished()))
+            dist.broadcast(running, src=0)
+            if not running.item():
+                break
+            time.sleep(1.0)
+        for line in self.exports.publish():
+            say(line)
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0
