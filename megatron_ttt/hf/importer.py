@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.checkpoint.store import open_checkpoint, temporary_path
 from megatron_ttt.config import Config, TrainingConfig, to_dict
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import model_from_official, read_official
-from megatron_ttt.hf.jax_streaming import JaxTensors
 from megatron_ttt.hf.mapping import official_shapes, pack
 from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
 from megatron_ttt.hf.verification import build_on_cpu, verify
 from megatron_ttt.model import global_parameters
+
+if TYPE_CHECKING:
+    from megatron_ttt.hf.jax_streaming import JaxTensors
 
 
 def import_directory(source: Path, output: Path) -> None:
@@ -32,6 +34,8 @@ def import_directory(source: Path, output: Path) -> None:
 
 def import_jax(source: Path, config: Path, output: Path) -> None:
     """Read the official JAX trainer's streaming checkpoint; `config` is an official config.json."""
+    from megatron_ttt.hf.jax_streaming import JaxTensors
+
     official = read_official(config)
     import_tensors(JaxTensors(source), official, output)
 
@@ -60,4 +64,5 @@ def import_tensors(
         verify(model, written.read, source.read, None)
         os.rename(unverified, output)
     finally:
-        shutil.rmtree(unverified, ignore_errors=True)
+        for folder in (unverified, temporary_path(unverified)):
+            shutil.rmtree(folder, ignore_errors=True)
