@@ -27,9 +27,14 @@ from torch import Tensor, nn
 
 from megatron_ttt.checkpoint.state import load_weights
 from megatron_ttt.checkpoint.store import open_checkpoint
-from megatron_ttt.config import Config, config_from_tree
+from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
+from megatron_ttt.hf.configuration import (
+    config_with_defaults,
+    model_from_official,
+    read_official,
+)
 from megatron_ttt.hf.mapping import gather_official
 from megatron_ttt.model import build_chunks, core_config
 
@@ -238,7 +243,7 @@ def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
     """
     tree: dict[str, Any] = dict(open_checkpoint(checkpoint).config)
     tree.pop("parallel", None)
-    return _with_defaults(tree, Path(checkpoint), overrides)
+    return config_with_defaults(tree, Path(checkpoint), overrides)
 
 
 def official_config(folder: Path, overrides: list[str]) -> Config:
@@ -246,8 +251,6 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
 
     Sequences are as long as it says, and its tokenizer.model is the tokenizer.
     """
-    from megatron_ttt.hf.configuration import model_from_official, read_official
-
     official = read_official(folder / "config.json")
     length = official.get("max_position_embeddings", 2048)
     tree: dict[str, Any] = {
@@ -256,11 +259,4 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
     }
     if (folder / "tokenizer.model").exists():
         tree["data"] = {"tokenizer_model": str(folder / "tokenizer.model")}
-    return _with_defaults(tree, folder, overrides)
-
-
-def _with_defaults(tree: dict[str, Any], path: Path, overrides: list[str]) -> Config:
-    tree.setdefault("optimizer", {"lr": 0.0})
-    tree.setdefault("training", {"steps": 1, "precision": "fp32"})
-    tree.setdefault("run", {"dir": str(path.parent)})
-    return config_from_tree(tree, overrides)
+    return config_with_defaults(tree, folder, overrides)

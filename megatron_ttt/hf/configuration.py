@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_ttt.config import ModelConfig
+from megatron_ttt.config import Config, ModelConfig, config_from_tree
 from megatron_ttt.errors import UserError
 
 # The official defaults of what a config.json may leave out.
@@ -180,3 +180,13 @@ def official_from_model(model: ModelConfig) -> dict[str, Any]:
         "conv_kernel": model.conv_kernel,
         "scan_checkpoint_group_size": 0,
     }
+
+
+def config_with_defaults(tree: dict[str, Any], path: Path, overrides: list[str] = ()) -> Config:
+    """A whole configuration for a model at `path`; defaults for what an imported one lacks."""
+    defaults = {
+        "optimizer": {"lr": 0.0},
+        "training": {"steps": 1, "precision": "fp32"},
+        "run": {"dir": str(path.parent)},
+    }
+    return config_from_tree({**defaults, **tree}, overrides)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.checkpoint.store import Checkpoint, open_checkpoint
-from megatron_ttt.config import Config, ModelConfig, config_from_tree
+from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
 from megatron_ttt.errors import UserError, run_command
-from megatron_ttt.hf.configuration import official_from_model
+from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
 from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
 from megatron_ttt.hf.model_card import model_card
 from megatron_ttt.hf.safetensors_stream import write_safetensors
@@ -51,7 +51,7 @@ def export_checkpoint(
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
     checkpoint = open_checkpoint(path)
-    config = checkpoint_config(checkpoint)
+    config = config_with_defaults(checkpoint.config, path)
     tensors = CheckpointTensors(checkpoint)
     tensors.check(parameter_shapes(config.model))
     tokenizer = _tokenizer(config, tokenizer_model)
@@ -67,15 +67,6 @@ def export_checkpoint(
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> Config:
-    """The configuration a checkpoint was trained with; defaults for what an imported one lacks."""
-    tree: dict[str, Any] = dict(checkpoint.config)
-    tree.setdefault("optimizer", {"lr": 0.0})
-    tree.setdefault("training", {"steps": 1, "precision": "fp32"})
-    tree.setdefault("run", {"dir": str(checkpoint.path.parent)})
-    return config_from_tree(tree)
 
 
 def _tokenizer(config: Config, named: Path | None) -> SentencePieceTokenizer | None:

@@ -61,7 +61,7 @@ def import_tensors(
         save_checkpoint(unverified, [chunk], None, state)
         del chunk, parameter
         written = CheckpointTensors(open_checkpoint(unverified))
-        verify(model, written.read, source.read, None)
+        verify(model, written.read, source.read)
         os.rename(unverified, output)
     finally:
         for folder in (unverified, temporary_path(unverified)):

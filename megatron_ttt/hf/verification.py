@@ -47,7 +47,12 @@ _ATTENTION = [
 ]
 
 
-def verify(model: ModelConfig, read_ours: Read, read_official: Read, cast: Read | None) -> None:
+def verify(
+    model: ModelConfig,
+    read_ours: Read,
+    read_official: Read,
+    cast: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Raise UserError, naming the first module that differs, unless both sides are one model.
 
     read_ours: global tensors of the checkpoint by our names. read_official: official tensors by
