@@ -43,8 +43,7 @@ def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> s
     if has_tokenizer:
         lines += [
             'tokenizer = AutoTokenizer.from_pretrained(".")',
-            'inputs = tokenizer("Once upon a time", return_tensors="pt", '
-            "return_token_type_ids=False)",
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]
     lines += ["```", "", "## Training", ""]

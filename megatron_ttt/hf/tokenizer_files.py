@@ -49,6 +49,7 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         **special,
     }
