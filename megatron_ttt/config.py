@@ -190,6 +190,11 @@ class CheckpointConfig:
     """Newest checkpoints kept, beside milestones and the best by validation loss; 0: all."""
     asynchronous: bool = False
     """Write checkpoints in the background, while training goes on (see `docs/checkpoints.md`)."""
+    export_final: bool | None = None
+    """Write the last step's weights as a Hugging Face directory, `final_model/`; null: where
+    data.tokenizer_model is set."""
+    export_milestones: bool = False
+    """Write one beside each milestone too, `milestone-STEP-hf/`, while training goes on."""
     load: str = "auto"
     """auto: go on from the newest checkpoint in run.dir that is undamaged; none: start anew. A
     checkpoint folder: start from it, unless run.dir has a checkpoint already; one of run.dir's own:

@@ -1,13 +1,20 @@
-"""A checkpoint at any layout: its loss, its logits, its gradients."""
+"""A model's loss, loss by position, logits and gradients.
+
+The model is a checkpoint's, in megatron-core at any layout (`Evaluator`), or a Hugging Face
+directory's, in transformers (`OfficialEvaluator`); both answer the same questions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
@@ -23,9 +30,13 @@ from megatron_ttt.checkpoint.store import open_checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
+from megatron_ttt.hf.configuration import (
+    config_with_defaults,
+    model_from_official,
+    read_official,
+)
 from megatron_ttt.hf.mapping import gather_official
 from megatron_ttt.model import build_chunks, core_config
-from megatron_ttt.training.step import run_batches
 
 
 class Evaluator:
@@ -35,21 +46,20 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, platform, checkpoint: str, dtype: torch.dtype | None):
-        self.config, self.platform = config, platform
+        self.config, self.device = config, platform.device
         self.chunks = build_chunks(config, core_config(config, platform, dtype))
         load_weights(open_checkpoint(checkpoint), self.chunks)
         for chunk in self.chunks:
             chunk.eval()
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
-        """The mean loss over `data.validation`; every rank gets it."""
-        data = open_data(self.config, train=False)
-        batches = data.validation_batches()
-        if not batches:
-            raise UserError("data.validation is not set: name what to evaluate on")
-        device = self.platform.device
-        return run_batches(self.chunks, batches, data.masked_id, device, forward_only=True)
+    def token_losses(self, tokens: Tensor) -> Tensor | None:
+        """tokens [B, L+1] -> cross-entropies [B, L], on the last pipeline stage; elsewhere None."""
+        labels = tokens[:, 1:].contiguous().to(self.device)
+        results = self._run(
+            self.chunks, tokens[:, :-1], _collect, labels=labels, collect_non_loss_data=True
+        )
+        return results[0] if results else None
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor | None:
@@ -70,14 +80,16 @@ class Evaluator:
         self._run(ddp_chunks, input_ids, partial(self._cross_entropy, input_ids), backward=True)
         return gather_official(self.chunks, self.config.model, lambda p: p.main_grad)
 
-    def _run(self, chunks: list[nn.Module], input_ids, loss, *, backward=False, **options):
+    def _run(
+        self, chunks: list[nn.Module], input_ids, loss, *, labels=None, backward=False, **options
+    ):
         def forward_step(batches, chunk):
-            return chunk(next(batches), None, None), loss
+            return chunk(next(batches), None, None, labels=labels), loss
 
         batch, length = input_ids.shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter([input_ids.to(self.platform.device)]) for _ in chunks],
+            data_iterator=[iter([input_ids.to(self.device)]) for _ in chunks],
             model=chunks,
             num_microbatches=1,
             seq_length=length,
@@ -99,8 +111,106 @@ class Evaluator:
         return loss, {"loss": loss.detach().clone()}
 
 
-def _collect(logits: Tensor, non_loss_data: bool = False) -> Tensor:
-    return logits
+def _collect(output: Tensor, non_loss_data: bool = False) -> Tensor:
+    return output
+
+
+class OfficialEvaluator:
+    """A Hugging Face directory's model, whole in each process; dtype as for `Evaluator`."""
+
+    def __init__(self, folder: Path, platform, dtype: torch.dtype | None):
+        from megatron_ttt.hf.loading import load_directory
+
+        self.device = platform.device
+        self.network = load_directory(folder, dtype).to(platform.device)
+
+    @torch.no_grad()
+    def token_losses(self, tokens: Tensor) -> Tensor:
+        """tokens [B, L+1] -> cross-entropies [B, L]."""
+        logits = self.logits(tokens[:, :-1])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = tokens[:, 1:].to(self.device)
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, L] -> logits [B, L, V]."""
+        return self.network(input_ids.to(self.device), use_cache=False).logits
+
+    def gradients(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """As `Evaluator.gradients`."""
+        input_ids = input_ids.to(self.device)
+        logits = self.network(input_ids, use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+        return {name: parameter.grad for name, parameter in self.network.named_parameters()}
+
+
+def measure(evaluator: Evaluator | OfficialEvaluator, config: Config) -> dict[str, Any]:
+    """Losses over `data.validation`: the recipe's mean and one by position; every rank gets them.
+
+    loss: mean over each sequence's targets, then over sequences. loss_by_position: mean over the
+    sequences of the cross-entropy of the token after position i (null where all targets are
+    masked). Targets equal to BOS do not count where training masks them.
+    """
+    data = open_data(config, train=False)
+    batches = data.validation_batches()
+    if not batches:
+        raise UserError("data.validation is not set: name what to evaluate on")
+    length = batches[0].shape[1] - 1
+    # Rows: summed losses and counted targets by position; then, the sequences' means and number.
+    sums = torch.zeros(3, max(length, 2), dtype=torch.float64)
+    for tokens in batches:
+        losses = evaluator.token_losses(tokens)
+        if losses is None:
+            continue
+        kept = torch.ones_like(losses, dtype=torch.float64, device="cpu")
+        if data.masked_id is not None:
+            kept = (tokens[:, 1:] != data.masked_id).double()
+        losses = losses.double().cpu() * kept
+        sums[0, :length] += losses.sum(0)
+        sums[1, :length] += kept.sum(0)
+        sums[2, 0] += (losses.sum(1) / kept.sum(1).clamp_min(1.0)).sum()
+        sums[2, 1] += len(tokens)
+    sums = sums.to(evaluator.device)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.broadcast(
+        sums,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    total, count, (loss, sequences) = sums[0, :length], sums[1, :length], sums[2, :2].tolist()
+    loss /= sequences
+    by_position = [t / c if c else None for t, c in zip(total.tolist(), count.tolist())]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "sequences": int(sequences),
+        "targets": int(count.sum()),
+        "loss_by_position": by_position,
+    }
+
+
+def plot_by_position(loss_by_position: list[float | None], path: Path) -> None:
+    """Perplexity by token position, a PNG: mean losses over windows of a 32nd of the sequence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses = np.array([math.nan if loss is None else loss for loss in loss_by_position])
+    window = max(1, len(losses) // 32)
+    edges = range(0, len(losses) - window + 1, window)
+    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    axes.plot(
+        [start + window / 2 for start in edges],
+        [math.exp(np.nanmean(losses[start : start + window])) for start in edges],
+        marker="o",
+        markersize=3,
+    )
+    axes.set(xlabel="token position", ylabel="perplexity", xlim=(0, len(losses)))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def read_input_ids(path: Path, vocab_size: int) -> Tensor:
@@ -131,11 +241,22 @@ def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
     Layout, data and device come from the overrides; what an imported checkpoint does not say, from
     the defaults.
     """
-    from megatron_ttt.config import config_from_tree
-
     tree: dict[str, Any] = dict(open_checkpoint(checkpoint).config)
     tree.pop("parallel", None)
-    tree.setdefault("optimizer", {"lr": 0.0})
-    tree.setdefault("training", {"steps": 1, "precision": "fp32"})
-    tree.setdefault("run", {"dir": str(Path(checkpoint).parent)})
-    return config_from_tree(tree, overrides)
+    return config_with_defaults(tree, Path(checkpoint), overrides)
+
+
+def official_config(folder: Path, overrides: list[str]) -> Config:
+    """The configuration of a Hugging Face directory, under overrides.
+
+    Sequences are as long as it says, and its tokenizer.model is the tokenizer.
+    """
+    official = read_official(folder / "config.json")
+    length = official.get("max_position_embeddings", 2048)
+    tree: dict[str, Any] = {
+        "model": dataclasses.asdict(model_from_official(official)),
+        "training": {"steps": 1, "precision": "fp32", "seq_length": length, "global_batch_size": 1},
+    }
+    if (folder / "tokenizer.model").exists():
+        tree["data"] = {"tokenizer_model": str(folder / "tokenizer.model")}
+    return config_with_defaults(tree, folder, overrides)

@@ -33,3 +33,11 @@ def test_every_stage_runs(tmp_path):
     assert summary["loss_last"] < summary["loss_first"]
     # The entropy of a real text under a tokenizer of 2,048 pieces, not of noise (7.6 nats).
     assert 5 < summary["unigram_entropy"] < 7
+    # The export was made by the training run, and what is in the summary is what it wrote.
+    model = tmp_path / summary["hf_dir"]
+    for name in ("model.safetensors", "config.json", "modeling_ttt.py", "tokenizer.json"):
+        assert (model / name).exists(), name
+    card = (model / "README.md").read_text()
+    assert "steps: 6 of 6, 24,576 tokens" in card and "validation loss at the last step" in card
+    assert summary["sample"].startswith("The function returns")
+    assert len(summary["sample"]) > len("The function returns")

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint: validation loss, or the logits and gradients of given token ids.
+"""Evaluate a model: validation loss, also by token position, or the logits of given token ids.
 
     tools/evaluate.py --checkpoint runs/NAME/checkpoint-STEP [key.path=value ...]
+    tools/evaluate.py --hf HF_DIR data.validation=PREFIX --json out.json --plot by_position.png
     tools/evaluate.py --checkpoint DIR --input-ids ids.npy --save-logits logits.npy
 
-Also under torchrun, at any layout (`parallel.tensor_model_parallel_size=2`, ...).
+Also under torchrun, at any layout (`parallel.tensor_model_parallel_size=2`, ...). The last line of
+stdout is one JSON object; the losses by position are in --json's file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from megatron_ttt.errors import UserError, run_command
@@ -22,8 +23,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint-STEP folder")
-    parser.add_argument("--dtype", choices=("float64", "float32"), help="default: as trained")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="a checkpoint-STEP folder")
+    source.add_argument("--hf", type=Path, help="a Hugging Face directory")
+    parser.add_argument("--dtype", choices=("float64", "float32"), help="default: as stored")
+    parser.add_argument("--json", type=Path, help=".json to write: results, losses by position")
+    parser.add_argument("--plot", type=Path, help=".png to write: perplexity by token position")
     parser.add_argument("--input-ids", type=Path, help=".npy of token ids [B, L]")
     parser.add_argument("--save-logits", type=Path, help=".npy to write: [B, L, V]")
     parser.add_argument(
@@ -35,45 +40,76 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if (arguments.save_logits or arguments.save_gradients) and not arguments.input_ids:
         raise UserError("--save-logits and --save-gradients need --input-ids")
+    if (arguments.json or arguments.plot) and arguments.input_ids:
+        raise UserError("--json and --plot are of the validation loss, not of --input-ids")
     return arguments
 
 
 def main() -> None:
-    """Evaluate; the result is one line of JSON."""
+    """Evaluate."""
     arguments = parse_arguments()
-    import numpy as np
     import torch
     import torch.distributed as dist
 
     from megatron_ttt import evaluation
     from megatron_ttt.training.trainer import start
 
-    config = evaluation.evaluation_config(arguments.checkpoint, arguments.overrides)
+    if arguments.hf:
+        config = evaluation.official_config(arguments.hf, arguments.overrides)
+    else:
+        config = evaluation.evaluation_config(arguments.checkpoint, arguments.overrides)
     platform = start(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    evaluator = evaluation.Evaluator(config, platform, arguments.checkpoint, dtype)
-    if arguments.input_ids is None:
-        loss = evaluator.validation_loss()
-        if dist.get_rank() == 0:
-            print(json.dumps({"loss": loss, "perplexity": math.exp(loss)}))
+    if arguments.hf:
+        evaluator = evaluation.OfficialEvaluator(arguments.hf, platform, dtype)
     else:
-        ids = evaluation.read_input_ids(arguments.input_ids, config.model.vocab_size)
-        if arguments.save_logits:
-            logits = evaluator.logits(ids)
-            if evaluation.is_last_stage_writer():
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                np.save(arguments.save_logits, logits.to("cpu", wide).numpy())
-        if arguments.save_gradients:
-            gradients = evaluator.gradients(ids)
-            if dist.get_rank() == 0:
-                from safetensors.torch import save_file
-
-                save_file(
-                    {name: gradient.contiguous() for name, gradient in gradients.items()},
-                    arguments.save_gradients,
-                )
+        evaluator = evaluation.Evaluator(config, platform, arguments.checkpoint, dtype)
+    if arguments.input_ids is None:
+        result = evaluation.measure(evaluator, config)
+        if dist.get_rank() == 0:
+            write_result(arguments, result)
+    else:
+        write_outputs(arguments, evaluator, config.model.vocab_size)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def write_result(arguments: argparse.Namespace, result: dict) -> None:
+    """The figures of `evaluation.measure`, where the command line wants them."""
+    from megatron_ttt.evaluation import plot_by_position
+
+    model = str(arguments.hf or arguments.checkpoint)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"model": model, **result}, indent=1) + "\n")
+    by_position = result.pop("loss_by_position")
+    if arguments.plot:
+        plot_by_position(by_position, arguments.plot)
+    print(json.dumps(result))
+
+
+def write_outputs(arguments: argparse.Namespace, evaluator, vocab_size: int) -> None:
+    """Logits and gradients of --input-ids."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ttt import evaluation
+
+    ids = evaluation.read_input_ids(arguments.input_ids, vocab_size)
+    if arguments.save_logits:
+        logits = evaluator.logits(ids)
+        if evaluation.is_last_stage_writer():
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            np.save(arguments.save_logits, logits.to("cpu", wide).numpy())
+    if arguments.save_gradients:
+        gradients = evaluator.gradients(ids)
+        if dist.get_rank() == 0:
+            from safetensors.torch import save_file
+
+            save_file(
+                {name: gradient.contiguous() for name, gradient in gradients.items()},
+                arguments.save_gradients,
+            )
 
 
 if __name__ == "__main__":

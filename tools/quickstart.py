@@ -5,8 +5,8 @@
 
 Text that is on every machine (Python's own help pages and docstrings) becomes C4-format shards, a
 tokenizer, a .bin/.idx dataset, and a small TTT-Linear model, trained by two tensor-parallel
-processes that are stopped in the middle and resumed. The figures go to
-runs/quickstart/summary.json.
+processes that are stopped in the middle and resumed. The finished model, as a Hugging Face
+directory, then writes a sample. The figures go to runs/quickstart/summary.json.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_ttt.data.local_text import write_local_corpus
 from megatron_ttt.data.unigram import unigram_entropy
 from megatron_ttt.errors import UserError, run_command
 
+FINAL_MODEL = "final_model"
 RECIPE = "yaml_recipes/quickstart.yaml"
 FOLDER = Path("runs/quickstart")
 
@@ -109,9 +110,21 @@ def summarise(config: Config, checkpoint: str) -> dict:
         "tokens": steps[-1]["tokens"],
         "tokens_per_second": round(steps[-1]["tokens"] / sum(s["seconds"] for s in steps), 1),
         "checkpoint_dir": checkpoint,
-        "hf_dir": None,
-        "sample": None,
+        "hf_dir": f"{config.run.dir}/{FINAL_MODEL}",
+        "sample": sample(f"{config.run.dir}/{FINAL_MODEL}"),
     }
+
+
+def sample(hf_dir: str) -> str:
+    """What the exported model writes."""
+    title("The exported model writes")
+    output = FOLDER / "sample.json"
+    python(
+        "tools/generate.py",
+        *("--hf", hf_dir, "--prompt", "The function returns"),
+        *("--max-new-tokens", 60, "--temperature", 0.8, "--json", output, "run.device=cpu"),
+    )
+    return json.loads(output.read_text())["text"]
 
 
 def python(*arguments, capture: bool = False) -> str:

@@ -158,6 +158,11 @@ def publish(temporary: Path, path: Path, described: dict[str, dict[str, int | st
     if path.exists():
         remove(path)
     os.rename(temporary, path)
+    fsync_directory(path.parent)
+
+
+def write_pointer(path: Path) -> None:
+    """Let `latest` in the run folder name a checkpoint, replacing the file as a whole."""
     pointer = path.parent / f".{LATEST_FILE}.new"
     write_durably(pointer, path.name + "\n")
     os.replace(pointer, path.parent / LATEST_FILE)

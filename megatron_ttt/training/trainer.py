@@ -25,14 +25,17 @@ from megatron_ttt.checkpoint.store import (
     checkpoint_name,
     find_newest,
     link_milestone,
+    milestone_name,
     open_checkpoint,
     prune,
     remove_leftovers,
+    write_pointer,
 )
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import TrainingError, UserError
+from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
@@ -47,6 +50,9 @@ from megatron_ttt.training.optimizer import (
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
 from megatron_ttt.training.stopping import StopRequests
+
+FINAL_MODEL = "final_model"
+"""Folder of the finished model, as a Hugging Face directory, in the run folder."""
 
 
 def start(config: Config) -> platforms.Platform:
@@ -77,6 +83,7 @@ class Trainer:
         self.config, self.platform, self.stop = config, platform, stop
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
+        self.exports = BackgroundExports()
         # Everything a user can have got wrong is looked at before the slow building.
         self.resume_from = self._find_checkpoint()
         self.data = open_data(config)
@@ -188,6 +195,7 @@ class Trainer:
             log.close()
             if reason is not None:
                 say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
+        self._wait_for_exports()
         return reason
 
     def _look_after(self, figures: dict[str, float], microbatches: list[torch.Tensor]) -> None:
@@ -278,10 +286,37 @@ class Trainer:
             say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
 
     def _after_save(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
+        """What rank 0 does when a checkpoint has its name."""
+        write_pointer(path)
         if milestone:
             link_milestone(path, step)
         prune(self.run_dir, self.config.checkpoint.keep)
         say(f"Saved {path} in {seconds:.1f}s")
+        self._start_exports(path, step, milestone)
+
+    def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
+        """Begin what is to be exported of a checkpoint that was just published."""
+        options = self.config.checkpoint
+        if milestone and options.export_milestones:
+            folder = self.run_dir / milestone_name(step)
+            self.exports.start(folder, self.run_dir / f"{folder.name}-hf")
+        wanted = options.export_final
+        if wanted is None:
+            wanted = self.config.data.tokenizer_model is not None
+        if wanted and step == self.config.training.steps:
+            self.exports.start(path, self.run_dir / FINAL_MODEL)
+
+    def _wait_for_exports(self) -> None:
+        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
+        running = torch.ones((), dtype=torch.int32, device=self.platform.device)
+        while True:
+            running.fill_(int(not self.exports.finished()))
+            dist.broadcast(running, src=0)
+            if not running.item():
+                break
+            time.sleep(1.0)
+        for line in self.exports.publish():
+            say(line)
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0

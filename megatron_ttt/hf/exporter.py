@@ -1,0 +1,153 @@
+"""A checkpoint of any layout in, a Hugging Face directory out: weights, code, tokenizer, card.
+
+    python -m megatron_ttt.hf.exporter CHECKPOINT OUTPUT
+
+Needs neither the layout that wrote the checkpoint nor a GPU. Weights are copied tensor by tensor
+and verified layer by layer, so memory is that of the embedding and a layer, not of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+from megatron_ttt.errors import UserError, run_command
+from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
+from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
+from megatron_ttt.hf.model_card import model_card
+from megatron_ttt.hf.safetensors_stream import write_safetensors
+from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
+from megatron_ttt.hf.tokenizer_files import write_tokenizer
+from megatron_ttt.hf.verification import verify
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+CODE = ("configuration_ttt.py", "modeling_ttt.py")
+
+
+def export_checkpoint(
+    path: Path,
+    output: Path,
+    *,
+    tokenizer_model: Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint as the Hugging Face directory `output`, verified before it has its name.
+
+    tokenizer_model: a SentencePiece model; None takes data.tokenizer_model of the checkpoint, where
+    that file still is. dtype: of all weights; None keeps each tensor's. Raises UserError, and
+    leaves nothing behind, where something does not fit or the two models differ.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: name a new folder")
+    checkpoint = open_checkpoint(path)
+    config = config_with_defaults(checkpoint.config, path)
+    tensors = CheckpointTensors(checkpoint)
+    tensors.check(parameter_shapes(config.model))
+    tokenizer = _tokenizer(config, tokenizer_model)
+    temporary = output.parent / f".unverified-{output.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_weights(tensors, config.model, temporary, dtype, shard_bytes)
+        _write_configuration(checkpoint, config, tensors, tokenizer, dtype, temporary)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
+        verify(config.model, tensors.read, OfficialTensors(temporary).read, _cast(dtype))
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenizer(config: Config, named: Path | None) -> SentencePieceTokenizer | None:
+    if named is None:
+        recorded = config.data.tokenizer_model
+        if recorded is None or not Path(recorded).exists():
+            return None
+        named = Path(recorded)
+    tokenizer = SentencePieceTokenizer(named)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def _cast(dtype: str | None):
+    return None if dtype is None else lambda tensor: tensor.to(DTYPES[dtype])
+
+
+def _write_weights(
+    tensors: CheckpointTensors,
+    model: ModelConfig,
+    folder: Path,
+    dtype: str | None,
+    shard_bytes: int,
+) -> None:
+    shapes = official_shapes(model)
+    source, plan = {}, {}
+    for name in parameter_shapes(model):
+        wanted = DTYPES[dtype] if dtype else tensors.dtype(name)
+        for part in official_names(model, name):
+            source[part] = name
+            plan[part] = (wanted, shapes[part])
+    held: dict[str, Tensor] = {}
+
+    def read(part: str) -> Tensor:
+        """One official tensor; its siblings in a packed projection come next, and are held."""
+        if part not in held:
+            held.clear()
+            held.update(unpack(model, source[part], tensors.read(source[part])))
+        return held.pop(part).to(plan[part][0])
+
+    write_safetensors(folder, plan, read, shard_bytes)
+
+
+def _write_configuration(
+    checkpoint: Checkpoint,
+    config: Config,
+    tensors: CheckpointTensors,
+    tokenizer: SentencePieceTokenizer | None,
+    dtype: str | None,
+    folder: Path,
+) -> None:
+    """config.json, generation_config.json, the code and the model card."""
+    official = checkpoint.state.get("official", {})
+    ids = {"bos_token_id": config.data.bos_id, "eos_token_id": 2, "pad_token_id": None}
+    ids |= {key: official[key] for key in ids if key in official}
+    if tokenizer is not None:
+        known = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        ids = {f"{role}_token_id": id if id >= 0 else None for role, id in known.items()}
+    if ids["pad_token_id"] is None:
+        # Batches are padded with it and it is masked out.
+        ids["pad_token_id"] = ids["eos_token_id"]
+    projection = next(name for name in parameter_shapes(config.model) if "linear_fc1" in name)
+    stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
+    trained = config.training.seq_length if "training" in checkpoint.config else 2048
+    tree = {
+        **official_from_model(config.model),
+        "max_position_embeddings": official.get("max_position_embeddings", trained),
+        **ids,
+        "torch_dtype": str(stored).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", tree)
+    _write_json(folder / "generation_config.json", ids)
+    if config.model.is_ttt:
+        for name in CODE:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
+    (folder / "README.md").write_text(model_card(checkpoint, config, tokenizer is not None))
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(lambda: export_checkpoint(*map(Path, sys.argv[1:3]))))

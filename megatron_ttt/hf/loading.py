@@ -1,0 +1,56 @@
+"""transformers' model with the weights of a checkpoint or of a directory, checked on the way in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.config import ModelConfig
+from megatron_ttt.hf.configuration import model_from_official, read_official
+from megatron_ttt.hf.mapping import official_shapes, parameter_shapes, unpack
+from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
+from megatron_ttt.hf.verification import build_official
+
+
+def load_directory(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of an official directory, in evaluation mode on the CPU.
+
+    Its code is ours, not what the directory may hold. dtype: None keeps each tensor's. Raises
+    UserError for weights that do not fit config.json.
+    """
+    model = model_from_official(read_official(folder / "config.json"))
+    tensors = OfficialTensors(folder)
+    shapes = official_shapes(model)
+    check_official(tensors, shapes)
+    return _filled(model, {name: _cast(tensors.read(name), dtype) for name in shapes})
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: ModelConfig, dtype=None) -> nn.Module:
+    """The model of a checkpoint written at any layout; as `load_directory`."""
+    tensors = CheckpointTensors(checkpoint)
+    shapes = parameter_shapes(model)
+    tensors.check(shapes)
+    weights = {
+        part: _cast(tensor, dtype).contiguous()
+        for name in shapes
+        for part, tensor in unpack(model, name, tensors.read(name))
+    }
+    return _filled(model, weights)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _filled(model: ModelConfig, weights: dict[str, torch.Tensor]) -> nn.Module:
+    with torch.device("meta"):
+        network = build_official(model).eval()
+    network.load_state_dict(weights, strict=False, assign=True)
+    network.lm_head.weight = network.model.embed_tokens.weight
+    if not model.is_ttt:
+        # Llama's angles are a buffer, which the meta device has left without values.
+        network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
+    return network

@@ -1,0 +1,137 @@
+"""A SentencePiece model as the files that transformers' AutoTokenizer reads.
+
+tokenizer.json holds the same pieces, merges and scores for the `tokenizers` library, so that no
+SentencePiece is needed to use it; tokenizer.model stands beside it. What comes out is compared with
+SentencePiece on sample texts before it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.errors import UserError
+
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _USER_DEFINED = 1, 4
+_SAMPLES = (
+    "Hello world, this is a test.",
+    "  two spaces  inside   and at the end  ",
+    "lines\nand\ttabs\r\n\n  indented",
+    "Zürich, naïve, 東京, Ελληνικά, 🙂 𝔘nicode\u200b",
+    "def f(x): return {'a': [1, 23, 456], \"b\": x ** 2}",
+    "2026-01-31 3.14159 1,000,000",
+    "a",
+    "don't  they're ▁",
+)
+
+
+def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and tokenizer.model into `folder`.
+
+    Encoding puts BOS, where the model has one, before a text, as training data has it before each
+    document. Raises UserError for a model whose ids the `tokenizers` library does not reproduce.
+    """
+    sentencepiece = SentencePieceTokenizer(source)
+    tokenizer, special = convert(source)
+    for text in _SAMPLES:
+        ids = sentencepiece.encode(text)
+        if (got := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
+            raise UserError(
+                f"{source} cannot be written for AutoTokenizer: {text!r} gives {got}, not {ids}"
+            )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        **special,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copyfile(source, folder / "tokenizer.model")
+
+
+def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """The `tokenizers` tokenizer of a SentencePiece model, and its special tokens by role."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(source.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    pieces = [piece.piece for piece in proto.pieces]
+    if trainer.model_type == _BPE:
+        model = models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            _merges(proto),
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    elif trainer.model_type == _UNIGRAM:
+        scored = [(piece.piece, piece.score) for piece in proto.pieces]
+        model = models.Unigram(scored, trainer.unk_id, trainer.byte_fallback)
+    else:
+        raise UserError(f"{source} is neither a BPE nor a unigram model")
+    tokenizer = Tokenizer(model)
+    steps = []
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(_regex(" {2,}"), " ")]
+    if normalizer.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if normalizer.add_dummy_prefix:
+        after.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(after)
+
+    special = {"unk_token": trainer.unk_piece}
+    for role in ("bos", "eos", "pad"):
+        number = getattr(trainer, f"{role}_id")
+        if 0 <= number < len(pieces):
+            special[f"{role}_token"] = pieces[number]
+    # A model without a pad piece still has to pad batches; what stands there is masked out.
+    special.setdefault("pad_token", special.get("eos_token", trainer.unk_piece))
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in special.values()]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.piece, normalized=False)
+            for piece in proto.pieces
+            if piece.type == _USER_DEFINED
+        ]
+    )
+    if "bos_token" in special:
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
+    return tokenizer, special
+
+
+def _merges(proto) -> list[tuple[str, str]]:
+    """BPE merges in the order SentencePiece takes them: by the score of what they make."""
+    score = {piece.piece: piece.score for piece in proto.pieces}
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    merges = []
+    for word in (piece.piece for piece in proto.pieces if piece.type == _NORMAL):
+        splits = ((word[:i], word[i:]) for i in range(1, len(word)))
+        pairs = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return sorted(merges, key=lambda pair: -score["".join(pair)])
+
+
+def _regex(pattern: str):
+    from tokenizers import Regex
+
+    return Regex(pattern)

@@ -1,0 +1,232 @@
+"""Two models that must be one: a checkpoint's in megatron-core, an official one in transformers.
+
+Both run with one layer in memory at a time: each layer's weights are read when its turn comes and
+dropped after it, so a model of any size is compared, logits and greedy tokens, in the memory of its
+embedding and one layer. Compared are the weights, bit for bit; then, on random token ids, every
+sublayer's output, so that the first that differs is named; the logits; and the greedy tokens that
+transformers' generate() takes with its cache, against the full forward pass of megatron-core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ttt import platform as platforms
+from megatron_ttt.config import Config, ModelConfig, TrainingConfig
+from megatron_ttt.errors import UserError
+from megatron_ttt.hf.configuration import official_from_model
+from megatron_ttt.hf.mapping import official_names, pack, parameter_shapes
+from megatron_ttt.model import EMBEDDING
+
+Read = Callable[[str], Tensor]
+
+PROMPT, NEW_TOKENS = (2, 37), 4
+"""Rows and columns of the random prompt (no whole mini-batches), and tokens taken after it."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Largest norm of a difference, relative to the output's norm."""
+
+# Sublayers whose outputs are compared, in the order they run: transformers' name and ours.
+_TTT = [
+    ("conv", "pre_conv"),
+    ("seq_norm", "input_layernorm"),
+    ("seq_modeling_block.post_norm", "self_attention.post_norm"),
+    ("seq_modeling_block", "self_attention"),
+    ("ffn_norm", "pre_mlp_layernorm"),
+    ("mlp", "mlp"),
+]
+_ATTENTION = [
+    ("input_layernorm", "input_layernorm"),
+    ("self_attn", "self_attention"),
+    ("post_attention_layernorm", "pre_mlp_layernorm"),
+    ("mlp", "mlp"),
+]
+
+
+def verify(
+    model: ModelConfig,
+    read_ours: Read,
+    read_official: Read,
+    cast: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Raise UserError, naming the first module that differs, unless both sides are one model.
+
+    read_ours: global tensors of the checkpoint by our names. read_official: official tensors by
+    theirs. cast: what a checkpoint's tensor became on the way out, where a dtype was asked for.
+    """
+    cast = cast or (lambda tensor: tensor)
+    dtypes = set()
+    for name in parameter_shapes(model):
+        ours, theirs = cast(read_ours(name)), pack(model, name, read_official)
+        if not _same_bits(ours, theirs):
+            for part in official_names(model, name):
+                _differs(part.rsplit(".", 1)[0], f"the weights of {part}")
+        dtypes.add(ours.dtype)
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    _verify_outputs(model, lambda name: cast(read_ours(name)), read_official, dtype)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _differs(module: str, what: str) -> None:
+    raise UserError(
+        f"verification failed: {what} are not the same in both models; the first module that "
+        f"differs is {module}; nothing was published"
+    )
+
+
+@torch.no_grad()
+def _verify_outputs(model: ModelConfig, read_ours: Read, read_official: Read, dtype) -> None:
+    ids = torch.randint(0, model.vocab_size, PROMPT, generator=torch.Generator().manual_seed(0))
+    theirs = StreamedOfficial(model, read_official, dtype)
+    tokens = theirs.generate(ids, NEW_TOKENS)
+    their_logits, their_outputs = theirs.run(tokens)
+    del theirs
+    our_logits, our_outputs = StreamedMegatron(model, read_ours, dtype).run(tokens)
+    for name, output in our_outputs.items():
+        if (error := _relative(their_outputs[name], output)) > TOLERANCE[dtype]:
+            _differs(name, f"its outputs (relative difference {error:.1e})")
+    if (error := _relative(their_logits, our_logits)) > TOLERANCE[dtype]:
+        _differs("lm_head", f"the logits (relative difference {error:.1e})")
+    # The tokens that were taken must be the best by our logits too, ties within rounding aside.
+    best = our_logits[:, PROMPT[1] - 1 : -1]
+    taken = best.gather(-1, tokens[:, PROMPT[1] :, None]).squeeze(-1)
+    slack = TOLERANCE[dtype] * best.norm(dim=-1)
+    if not (taken >= best.amax(-1) - slack).all():
+        _differs("lm_head", "greedy tokens")
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not torch.isfinite(a).all() or a.shape != b.shape:
+        return float("inf")
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+class StreamedOfficial:
+    """transformers' model of an official checkpoint, its layers read when they are run."""
+
+    def __init__(self, model: ModelConfig, read: Read, dtype: torch.dtype):
+        self.model, self.read, self.dtype = model, read, dtype
+        with torch.device("meta"):
+            self.network = build_official(model).eval().to(dtype)
+        self.layers: nn.ModuleList = self.network.model.layers
+        self._load(self.network.model.embed_tokens, "model.embed_tokens.")
+        self._load(self.network.model.norm, "model.norm.")
+        self.network.lm_head.weight = self.network.model.embed_tokens.weight
+        if not model.is_ttt:
+            # Llama's angles are a buffer, which the meta device has left without values.
+            rotary = self.network.model.rotary_emb
+            self.network.model.rotary_emb = type(rotary)(self.network.config)
+        self.outputs: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            prefix = f"model.layers.{number}."
+            layer.register_forward_pre_hook(lambda layer, _, p=prefix: self._load(layer, p))
+            layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None)
+            for name, _ in _sublayers(model):
+                layer.get_submodule(name).register_forward_hook(self._record(prefix + name))
+
+    def _record(self, name: str):
+        def hook(module, arguments, output):
+            self.outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        state = {k: self.read(prefix + k).to(self.dtype) for k in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """The prompt and the greedy tokens after it, taken with the cache."""
+        return self.network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
+    def run(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [B, L, V] without a cache, and every sublayer's output [B, L, D] by its name."""
+        self.outputs = {}
+        return self.network(ids, use_cache=False).logits, self.outputs
+
+
+class StreamedMegatron:
+    """A checkpoint's model in megatron-core, on the CPU: one layer, run as every layer in turn."""
+
+    def __init__(self, model: ModelConfig, read: Read, dtype: torch.dtype):
+        self.model, self.read, self.dtype = model, read, dtype
+        chunk = build_on_cpu(dataclasses.replace(model, num_layers=1), dtype).eval()
+        self.layer = chunk.decoder.layers[0]
+        self.tails = {name: parameter for name, parameter in self.layer.named_parameters()}
+        chunk.decoder.layers = nn.ModuleList([self.layer] * model.num_layers)
+        chunk.embedding.word_embeddings.weight.data = read(EMBEDDING).to(dtype)
+        final = "decoder.final_layernorm.weight"
+        chunk.decoder.final_layernorm.weight.data = read(final).to(dtype)
+        self.chunk, self.number, self.outputs = chunk, 0, {}
+        self.layer.register_forward_pre_hook(self._load)
+        self.layer.register_forward_hook(self._next)
+        for theirs, ours in _sublayers(model):
+            self.layer.get_submodule(ours).register_forward_hook(self._record(theirs))
+
+    def _load(self, *_) -> None:
+        for tail, parameter in self.tails.items():
+            parameter.data = self.read(f"decoder.layers.{self.number}.{tail}").to(self.dtype)
+
+    def _next(self, *_) -> None:
+        self.number += 1
+
+    def _record(self, name: str):
+        def hook(module, arguments, output):
+            output = output[0] if isinstance(output, tuple) else output
+            # Cloned: megatron-core adds the residual in place.
+            self.outputs[f"model.layers.{self.number}.{name}"] = output.transpose(0, 1).clone()
+
+        return hook
+
+    def run(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `StreamedOfficial.run`; the names are transformers'."""
+        self.number, self.outputs = 0, {}
+        return self.chunk(ids, None, None), self.outputs
+
+
+def _sublayers(model: ModelConfig) -> list[tuple[str, str]]:
+    names = _TTT if model.is_ttt else _ATTENTION
+    return names if model.is_mamba or not model.is_ttt else names[1:]
+
+
+def build_official(model: ModelConfig, **more: Any) -> nn.Module:
+    """transformers' model for a model section, with initial weights; `more` goes to its config."""
+    config = {k: v for k, v in official_from_model(model).items() if k != "model_type"}
+    if model.is_ttt:
+        from megatron_ttt.hf.configuration_ttt import TTTConfig
+        from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
+
+        return TTTForCausalLM(TTTConfig(**{**config, **more}))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**config, **more}))
+
+
+def build_on_cpu(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """megatron-core's model for a model section, on this one process's CPU; weights not set."""
+    platform = platforms.start("cpu")
+    platforms.start_process_group(platform)
+    from megatron.core import parallel_state
+
+    from megatron_ttt.model import build_chunk, core_config
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+        platforms.seed_everything(0)
+    config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
+    return build_chunk(config, core_config(config, platform, dtype), None)

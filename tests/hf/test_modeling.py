@@ -1,0 +1,264 @@
+"""The shipped transformers model: official logits and gradients, its cache, generate(), training.
+
+Needs torch, transformers and accelerate alone; `test_transformers_versions.py` runs this file with
+transformers 4.57 too.
+"""
+
+import copy
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import random_official, read_golden, relative, section
+
+from megatron_ttt.hf import modeling_ttt
+from megatron_ttt.hf.configuration_ttt import TTTConfig
+from megatron_ttt.hf.modeling_ttt import TTTCache, TTTForCausalLM
+
+GOLDEN = [
+    "linear_transformer",
+    "mlp_transformer",
+    "linear_mamba",
+    "mlp_mamba",
+    "linear_mamba_ragged",
+    "mlp_mamba_ragged",
+]
+KINDS = GOLDEN[:4]
+
+
+def build(config: dict, parameters: dict, dtype=torch.float64) -> TTTForCausalLM:
+    model = TTTForCausalLM(TTTConfig(**config, bos_token_id=1, eos_token_id=None)).to(dtype).eval()
+    missing, unexpected = model.load_state_dict(parameters, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    model.tie_weights()
+    return model
+
+
+def golden_model(name: str, dtype=torch.float64) -> tuple[TTTForCausalLM, torch.Tensor]:
+    config, tensors = read_golden(name)
+    return build(config, section(tensors, "param"), dtype), tensors["input_ids"]
+
+
+@pytest.fixture(params=["package", "alone"])
+def either_scan(request, monkeypatch):
+    """With the package's scan, and as in an environment that has only the exported files."""
+    if request.param == "alone":
+        monkeypatch.setattr(modeling_ttt, "ttt_scan", None)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_official_logits_and_gradients(name, either_scan):
+    _, golden = read_golden(name)
+    model, ids = golden_model(name)
+    logits = model(ids, use_cache=False).logits
+    assert relative(logits, golden["logits"]) < 1e-9
+    assert relative(model(ids, use_cache=True).logits, golden["logits"]) < 1e-9
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss.item() / golden["loss"].item() - 1) < 1e-9
+    assert abs(model(ids, labels=ids).loss.item() / golden["loss"].item() - 1) < 1e-6
+    loss.backward()
+    gradients = section(golden, "grad")
+    named = dict(model.named_parameters())
+    assert set(named) == set(gradients)
+    for parameter, gradient in gradients.items():
+        assert relative(named[parameter].grad, gradient) < 1e-9, parameter
+
+
+@pytest.mark.parametrize("name", ["jax_linear_mamba", "jax_mlp_mamba"])
+def test_jax_logits(name):
+    _, golden = read_golden(name)
+    model, ids = golden_model(name, torch.float32)
+    assert relative(model(ids).logits, golden["logits"]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_every_split_of_every_prompt(name, monkeypatch):
+    """Prompts of 1 to 40 tokens, in two calls, cut everywhere: float64, within 1e-9."""
+    model, ids = golden_model(name)
+    ids = ids[:1, :40]
+    full = model(ids, use_cache=False).logits
+    for first in range(1, 41):
+        # Odd cuts without the package's scan, even ones with it.
+        if first % 2:
+            monkeypatch.setattr(modeling_ttt, "ttt_scan", None)
+        start = model(ids[:, :first], use_cache=True)
+        assert relative(start.logits, full[:, :first]) < 1e-9, first
+        for length in range(first + 1, 41):
+            cache = copy.deepcopy(start.past_key_values)
+            rest = model(ids[:, first:length], past_key_values=cache).logits
+            assert relative(rest, full[:, first:length]) < 1e-9, (first, length)
+        monkeypatch.undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_token_by_token(name):
+    model, ids = golden_model(name)
+    full = model(ids, use_cache=False).logits
+    cache = TTTCache(model.config)
+    steps = [
+        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+        for i in range(ids.shape[1])
+    ]
+    assert relative(torch.cat(steps, 1), full) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_of_unequal_prompts_gives_each_row_its_own_result(name):
+    """Prompts of 1 to 40 tokens in one left-padded batch, float32: the greedy ids of each alone,
+    taken without a cache."""
+    model, ids = golden_model(name, torch.float32)
+    lengths, new = range(1, 41), 3
+    prompts = [ids[n % 2, :n] for n in lengths]
+    batch = torch.stack([F.pad(p, (40 - len(p), 0), value=3) for p in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(p), (40 - len(p), 0)) for p in prompts])
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(batch, attention_mask=mask, **options)[:, 40:]
+    for prompt, row in zip(prompts, together):
+        sequence = prompt[None]
+        for _ in range(new):
+            best = model(sequence, use_cache=False).logits[:, -1].argmax(-1)
+            sequence = torch.cat([sequence, best[None]], dim=1)
+        assert torch.equal(sequence[0, len(prompt) :], row), len(prompt)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["linear_mamba", "mlp_transformer"])
+def test_padding_on_either_side_and_between_calls(name, either_scan):
+    model, ids = golden_model(name)
+    rows = [ids[0, :21], ids[1, :34]]
+    alone = [model(row[None], use_cache=False).logits[0] for row in rows]
+    for left in (True, False):
+        pad = (13, 0) if left else (0, 13)
+        batch = torch.stack([F.pad(rows[0], pad, value=5), rows[1]])
+        mask = torch.stack([F.pad(torch.ones(21), pad), torch.ones(34)]).long()
+        held = mask.bool()
+        logits = model(batch, attention_mask=mask, use_cache=False).logits
+        assert relative(logits[0][held[0]], alone[0]) < 1e-9
+        assert relative(logits[1], alone[1]) < 1e-9
+        # The same in three calls; a call may hold nothing but padding of a row.
+        cache, parts = TTTCache(model.config), []
+        for start, stop in ((0, 9), (9, 10), (10, 34)):
+            options = {"past_key_values": cache, "use_cache": True}
+            columns = slice(start, stop)
+            parts.append(model(batch[:, columns], attention_mask=mask[:, :stop], **options).logits)
+        logits = torch.cat(parts, 1)
+        assert relative(logits[0][held[0]], alone[0]) < 1e-9
+        assert relative(logits[1], alone[1]) < 1e-9
+        assert cache.position_B.tolist() == [21, 34]
+
+
+@torch.no_grad()
+def test_sampling_and_beams_with_and_without_the_cache():
+    model, ids = golden_model("mlp_mamba", torch.float64)
+    options = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    sampled = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        sampled.append(
+            model.generate(
+                ids[:, :19],
+                do_sample=True,
+                temperature=0.9,
+                top_k=30,
+                top_p=0.95,
+                num_return_sequences=2,
+                use_cache=use_cache,
+                **options,
+            )
+        )
+    assert torch.equal(*sampled) and sampled[0].shape == (4, 39)
+    assert not torch.equal(sampled[0][0], sampled[0][1])
+    beams = [
+        model.generate(ids[:, :19], do_sample=False, num_beams=3, use_cache=use_cache, **options)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_decoding_costs_the_same_at_position_10000(kind):
+    model = build(*random_official(kind, "mamba", layers=2), dtype=torch.float32)
+    ids = torch.randint(0, 96, (1, 10_000), generator=torch.Generator().manual_seed(0))
+    caches = {}
+    for position in (100, 10_000):
+        caches[position] = model(ids[:, :position], use_cache=True).past_key_values
+    assert caches[100].memory_bytes() == caches[10_000].memory_bytes()
+    seconds = {position: [] for position in caches}
+    for _ in range(60):
+        for position, cache in caches.items():
+            started = time.perf_counter()
+            model(ids[:, :1], past_key_values=cache)
+            seconds[position].append(time.perf_counter() - started)
+    medians = {position: statistics.median(times) for position, times in seconds.items()}
+    assert medians[10_000] < 1.3 * medians[100], medians
+    assert caches[10_000].position_B.tolist() == [10_060]
+
+
+def test_saving_and_loading(tmp_path):
+    model, ids = golden_model("mlp_mamba")
+    with torch.no_grad():
+        model.save_pretrained(tmp_path)
+        again = TTTForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert again.config.rope_theta == 10000.0 and again.config.tie_word_embeddings
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+        half = TTTForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        # What the inner loop starts from stays in float32, as it is trained.
+        mixer = half.model.layers[0].seq_modeling_block
+        for name in ("W1", "b2", "learnable_token_idx", "ttt_norm_weight", "learnable_ttt_lr_bias"):
+            assert getattr(mixer, name).dtype == torch.float32, name
+        assert relative(half(ids).logits, model(ids).logits) < 0.05
+
+
+def test_trainer_learns_with_gradient_checkpointing(tmp_path, either_scan):
+    from transformers import Trainer, TrainingArguments
+
+    config, _ = random_official("linear", "mamba", layers=2, vocab=32)
+    losses, gradients = {}, {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = TTTForCausalLM(TTTConfig(**config))
+        sequence = torch.arange(48) % 7
+        data = [{"input_ids": sequence, "labels": sequence}] * 32
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(sequence[None], labels=sequence[None]).loss.backward()
+        gradients[checkpointing] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4,
+                max_steps=8,
+                learning_rate=3e-3,
+                gradient_checkpointing=checkpointing,
+                report_to=[],
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=data,
+            eval_dataset=data[:4],
+        )
+        before = trainer.evaluate()["eval_loss"]
+        losses[checkpointing] = trainer.train().training_loss
+        assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    assert abs(losses[True] - losses[False]) < 1e-5
+    for name, gradient in gradients[False].items():
+        assert gradient.abs().sum() > 0, name
+        assert relative(gradients[True][name], gradient) < 1e-5, name
+
+
+def test_a_wrong_configuration_is_refused():
+    for wrong in ({"ttt_layer_type": "gru"}, {"hidden_act": "gelu"}, {"num_attention_heads": 3}):
+        with pytest.raises(ValueError):
+            TTTConfig(**wrong)

@@ -1,0 +1,184 @@
+"""tools/generate.py and tools/evaluate.py on a checkpoint and on its export; tokenizer files."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from harness import ROOT, Job, random_official, run, torchrun, write_official
+
+from megatron_ttt.data.indexed import IndexedWriter
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.errors import UserError
+from megatron_ttt.hf.exporter import export_checkpoint
+from megatron_ttt.hf.importer import import_directory
+
+TEXT = "the inner model learns at test time, while café 北京 reads 2026 \n\t its weights [x] "
+TEXTS = [
+    "The function returns   three  spaces.",
+    "  début — naïve\n\n\tcafé 北京 🙂\u200b",
+    "1234 5.6e-7 <s> </s> <unk>",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory):
+    """A BPE model as the trainer's tokenizer makes it, and a unigram one; 300 pieces of bytes."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    models = {}
+    for kind in ("bpe", "unigram"):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 50),
+            model_prefix=str(folder / kind),
+            model_type=kind,
+            vocab_size=330,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            minloglevel=2,
+        )
+        models[kind] = folder / f"{kind}.model"
+    return models
+
+
+@pytest.fixture(scope="module")
+def models(spm, tmp_path_factory):
+    """A random model as a checkpoint and as its export, with a tokenizer and a dataset."""
+    folder = tmp_path_factory.mktemp("models")
+    config, parameters = random_official("linear", "mamba", layers=2, vocab=340)
+    import_directory(write_official(folder / "official", config, parameters), folder / "checkpoint")
+    export_checkpoint(folder / "checkpoint", folder / "hf", tokenizer_model=spm["bpe"])
+    writer = IndexedWriter(folder / "data", np.dtype("<i4"))
+    ids = np.random.default_rng(0).integers(1, 340, 8 * 48 + 1).astype("<i4")
+    writer.append(ids.tobytes(), np.array([len(ids)], np.int32))
+    writer.publish()
+    np.save(folder / "ids.npy", ids[: 2 * 20].reshape(2, 20))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_autotokenizer_gives_sentencepieces_ids(kind, spm, models, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "hf"
+    export_checkpoint(models / "checkpoint", folder, tokenizer_model=spm[kind])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), SentencePieceTokenizer(spm[kind])
+    for text in TEXTS[:2]:
+        ids = theirs(text)["input_ids"]
+        assert ids == [ours.bos_id, *ours.encode(text)]
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    batch = theirs(["a longer text", "a"], padding=True)
+    assert batch["attention_mask"][1][0] == 0  # on the left, as generation needs it
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(models, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 50),
+        model_prefix=str(tmp_path / "large"),
+        model_type="bpe",
+        vocab_size=360,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    size = SentencePieceTokenizer(tmp_path / "large.model").vocab_size
+    assert size > 340
+    with pytest.raises(UserError, match=f"{size} pieces"):
+        export_checkpoint(
+            models / "checkpoint", tmp_path / "hf", tokenizer_model=tmp_path / "large.model"
+        )
+    assert not (tmp_path / "hf").exists()
+
+
+def generate(*arguments) -> str:
+    return run([sys.executable, "tools/generate.py", *arguments])
+
+
+def test_greedy_ids_are_the_same_from_either_side_and_under_torchrun(models, tmp_path):
+    options = ["--prompt-ids", models / "ids.npy", "--max-new-tokens", "21", "--greedy"]
+    options += ["--dtype", "float64", "run.device=cpu"]
+    generate("--checkpoint", models / "checkpoint", *options, "--save-ids", tmp_path / "a.npy")
+    generate("--hf", models / "hf", *options, "--save-ids", tmp_path / "b.npy")
+    tp2 = "parallel.tensor_model_parallel_size=2"
+    source = ["--checkpoint", models / "checkpoint"]
+    torchrun(
+        2, ROOT / "tools/generate.py", *source, *options, "--save-ids", tmp_path / "c.npy", tp2
+    )
+    ids = np.load(tmp_path / "a.npy")
+    assert ids.shape == (2, 41)
+    for other in ("b", "c"):
+        assert np.array_equal(ids, np.load(tmp_path / f"{other}.npy"))
+    # The megatron model's own greedy choice at every position.
+    job = Job(tmp_path)
+    job.evaluate("greedy", "one", models / "checkpoint", torch.from_numpy(ids), "float64")
+    job.run()
+    best = job.tensors("greedy")["logits"].argmax(-1)[:, 19:-1]
+    assert np.array_equal(best.numpy(), ids[:, 20:])
+
+
+def test_generation_of_text(models, spm, tmp_path):
+    options = ["--max-new-tokens", "8", "--json", tmp_path / "out.json", "run.device=cpu"]
+    sampling = ["--temperature", "0.7", "--top-k", "20", "--top-p", "0.9", "--seed", "3"]
+    (tmp_path / "prompt").write_text("the inner model\n")
+    hf = ["--hf", models / "hf"]
+    output = generate(*hf, "--prompt-file", tmp_path / "prompt", *sampling, *options)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["text"].startswith("the inner model") and result["text"] in output
+    assert result["new_tokens"] == 8 and result["tokens_per_second"] > 0
+    tokenizer = f"data.tokenizer_model={spm['bpe']}"
+    source = ["--checkpoint", models / "checkpoint", "--prompt", "the inner model", tokenizer]
+    generate(*source, *sampling, *options)
+    assert json.loads((tmp_path / "out.json").read_text())["ids"] == result["ids"]
+
+
+def test_evaluation_is_the_same_from_either_side(models, spm, tmp_path):
+    options = [f"data.validation={models / 'data'}", "training.seq_length=48", "run.device=cpu"]
+    options += [f"data.tokenizer_model={spm['bpe']}", "--dtype", "float64"]
+    options += ["training.eval_batches=8", "training.global_batch_size=1"]
+    options += [f"data.cache_dir={tmp_path}/cache"]
+    results = {}
+    for name, source in (
+        ("checkpoint", ["--checkpoint", models / "checkpoint"]),
+        ("hf", ["--hf", models / "hf"]),
+    ):
+        files = ["--json", tmp_path / f"{name}.json", "--plot", tmp_path / f"{name}.png"]
+        run([sys.executable, "tools/evaluate.py", *source, *options, *files])
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    ours, theirs = results["checkpoint"], results["hf"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["perplexity"] == pytest.approx(math.exp(ours["loss"]))
+    assert ours["loss_by_position"] == pytest.approx(theirs["loss_by_position"], rel=1e-6)
+    assert len(ours["loss_by_position"]) == 48 and ours["sequences"] == 8
+    layout = [*options, "parallel.pipeline_model_parallel_size=2", "--json", tmp_path / "pp2.json"]
+    source = ["--checkpoint", models / "checkpoint"]
+    torchrun(2, ROOT / "tools/evaluate.py", *source, *layout)
+    pp2 = json.loads((tmp_path / "pp2.json").read_text())
+    assert pp2["loss_by_position"] == pytest.approx(ours["loss_by_position"], rel=1e-6)
+    assert pp2["loss"] == pytest.approx(ours["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (["--hf", "{0}/nowhere", "--prompt", "x"], "nowhere/config.json"),
+        (["--checkpoint", "{0}/checkpoint", "--prompt", "x"], "data.tokenizer_model"),
+        (["--checkpoint", "{0}/hf", "--prompt", "x"], "state.json"),
+        (["--hf", "{0}/hf", "--prompt", "x", "--top-p", "0"], "--top-p"),
+    ],
+)
+def test_bad_input_to_generate_is_one_line(arguments, named, models):
+    arguments = [argument.format(models) for argument in arguments]
+    output = run([sys.executable, "tools/generate.py", *arguments], expect=2)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and named in lines[0] and "Traceback" not in output, output
