@@ -14,7 +14,11 @@ def test_every_stage_runs(tmp_path):
         os.symlink(ROOT / name, tmp_path / name)
     with open(tmp_path / "log", "w+") as log:
         done = subprocess.run(
-            [sys.executable, "tools/quickstart.py", "training.steps=6", "training.eval_batches=1"],
+            [
+                *(sys.executable, "tools/quickstart.py", "training.steps=6"),
+                *("training.eval_batches=1", "checkpoint.milestone_every=3"),
+                "checkpoint.export_milestones=true",
+            ],
             cwd=tmp_path,
             env=environment(),
             stdout=log,
@@ -41,3 +45,6 @@ def test_every_stage_runs(tmp_path):
     assert "steps: 6 of 6, 24,576 tokens" in card and "validation loss at the last step" in card
     assert summary["sample"].startswith("The function returns")
     assert len(summary["sample"]) > len("The function returns")
+    milestone = tmp_path / "runs/quickstart/run/milestone-3-hf"
+    assert (milestone / "tokenizer.json").exists()
+    assert "steps: 3 of 6, 12,288 tokens" in (milestone / "README.md").read_text()
