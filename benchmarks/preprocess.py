@@ -8,6 +8,7 @@ Bare: `SentencePieceProcessor.encode(list, num_threads=WORKERS)` on the document
 The build: from the shards to published .bin/.idx, with SentencePiece and, where it is installed,
 with gigatoken; every build starts new worker processes, so their caches are cold. The sides take
 turns; the ratios are of medians, in wall time and in CPU time (user and system, workers included).
+On a machine with other work (see load_average) wall time favours the side with more processes.
 A build of one short document gives the time that starting and stopping takes, which does not
 depend on the corpus; the ratios are printed with it and without.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import resource
 import statistics
@@ -79,6 +81,7 @@ def main() -> None:
     backends = ["sentencepiece"]
     backends += ["gigatoken"] if importlib.util.find_spec("gigatoken") else []
 
+    load_before = os.getloadavg()[0]
     times: dict[str, list[tuple[float, float]]] = {"bare": []}
     with tempfile.TemporaryDirectory() as folder:
         short = Path(folder) / "short.json"
@@ -107,6 +110,7 @@ def main() -> None:
         "workers": args.workers,
         "rounds": args.rounds,
         "python": platform.python_version(),
+        "load_average": [round(load, 1) for load in (load_before, os.getloadavg()[0])],
         "megabytes_per_second": {
             side: round(megabytes / wall, 2)
             for side, (wall, _) in medians.items()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,11 @@ def test_every_stage_runs(tmp_path):
         os.symlink(ROOT / name, tmp_path / name)
     with open(tmp_path / "log", "w+") as log:
         done = subprocess.run(
-            [sys.executable, "tools/quickstart.py", "training.steps=6", "training.eval_batches=1"],
+            [
+                *(sys.executable, "tools/quickstart.py", "training.steps=6"),
+                *("training.eval_batches=1", "checkpoint.milestone_every=3"),
+                "checkpoint.export_milestones=true",
+            ],
             cwd=tmp_path,
             env=environment(),
             stdout=log,
@@ -23,7 +28,9 @@ def test_every_stage_runs(tmp_path):
         log.seek(0)
         output = log.read()
     assert done.returncode == 0, output[-4000:]
-    assert "Resumed from runs/quickstart/run/checkpoint-3 at step 3" in output
+    # The checkpoint and the milestone of a step are the same files.
+    assert re.search(r"Resumed from runs/quickstart/run/\w+-3 at step 3", output)
+    assert "Exported runs/quickstart/run/milestone-3-hf" in output
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["tokens"] == 6 * 16 * 256
@@ -41,3 +48,6 @@ def test_every_stage_runs(tmp_path):
     assert "steps: 6 of 6, 24,576 tokens" in card and "validation loss at the last step" in card
     assert summary["sample"].startswith("The function returns")
     assert len(summary["sample"]) > len("The function returns")
+    milestone = tmp_path / "runs/quickstart/run/milestone-3-hf"
+    assert (milestone / "tokenizer.json").exists()
+    assert "steps: 3 of 6, 12,288 tokens" in (milestone / "README.md").read_text()

@@ -182,7 +182,8 @@ def slow_run():
     yield start
     for process, _ in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 def start_slow_run(tmp_path, tokenizer, *more) -> tuple[subprocess.Popen, tuple]:

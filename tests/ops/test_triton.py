@@ -94,6 +94,7 @@ def test_auto_takes_the_kernels_on_cuda():
     assert ops.choose(tensors[0], tensors[4], tensors[7:]) == "torch"
 
 
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="they are interpreted")
 def test_needs_a_gpu_or_the_interpreter():
     tensors = inputs("linear", 1, 1, 16, 16, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="they need a CUDA device, not cpu"):

@@ -38,7 +38,7 @@ def test_shared_memory_fits_a_multiprocessor(records):
         assert 0 < record["shared_bytes"] <= record["shared_limit"], record
 
 
-def test_heads_of_64_hardly_spill_on_sm_90(records):
+def test_heads_of_64_spill_no_more_than_is_known(records):
     """Registers that do not fit cost loads from local memory; the bound is what is known."""
     for record in records:
         if record["head_dim"] == 64 and record["target"] == "sm_90":
