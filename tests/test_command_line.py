@@ -20,6 +20,7 @@ SMALL = [
     "training.seq_length=32",
     "training.eval_batches=1",
     "model.vocab_size=352",
+    "checkpoint.export_final=false",
 ]
 
 
