@@ -20,6 +20,7 @@ from megatron_ttt.errors import UserError
 LAYERS = ("ttt_linear", "ttt_mlp", "attention")
 BACKBONES = ("mamba", "transformer")
 PRECISIONS = ("bf16", "fp32")
+SCAN_BACKENDS = ("auto", "naive", "torch", "triton")
 
 
 @dataclass
@@ -139,7 +140,7 @@ class TrainingConfig:
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
     scan_backend: str = "auto"
-    """TTT: implementation of the scan; auto takes the fastest that runs here."""
+    """TTT: implementation of the scan: naive, torch, triton (CUDA), or auto, the fastest here."""
     log_every: int = 10
     """Steps between log lines (metrics.jsonl has every step)."""
     eval_every: int | None = None
@@ -336,6 +337,7 @@ def validate(config: Config) -> None:
     if training.precision in ("fp16", "float16", "half"):
         raise UserError("training.precision=fp16 is not supported: use bf16 (or fp32)")
     _one_of("training.precision", training.precision, PRECISIONS)
+    _one_of("training.scan_backend", training.scan_backend, SCAN_BACKENDS)
     _one_of("run.device", config.run.device, ("auto", "cuda", "cpu"))
     _one_of("logging.wandb_mode", config.logging.wandb_mode, ("disabled", "offline", "online"))
     for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size"):
