@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, damaged or go wrong, and what is left of them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,9 @@ import psutil
 import pytest
 import torch
 from harness import ROOT, environment, run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from kill_test import digests
 
 from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.store import find_newest, list_checkpoints, prune
@@ -126,26 +128,7 @@ def test_saves_in_the_background(recipe, whole, tmp_path):
     for listed in list_checkpoints(run_dir):
         assert find_damage(listed.path) is None
     # The background writer's content is the foreground's, whatever the files are called.
-    assert weights(run_dir / "checkpoint-8") == weights(whole / "checkpoint-8")
-
-
-def weights(checkpoint: Path) -> dict[str, str]:
-    """A digest of every tensor in a checkpoint, optimizer state included."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    described = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in described.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    assert len(tensors) > 50
-    return {
-        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in tensors.items()
-    }
+    assert digests(run_dir / "checkpoint-8") == digests(whole / "checkpoint-8")
 
 
 def test_the_checkpoint_tool(whole, tmp_path):
