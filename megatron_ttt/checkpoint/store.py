@@ -156,7 +156,7 @@ def publish(temporary: Path, path: Path, described: dict[str, dict[str, int | st
     """
     write_manifest(temporary, described)
     if path.exists():
-        remove(path)
+        _remove(path)
     os.rename(temporary, path)
     fsync_directory(path.parent)
 
@@ -190,9 +190,10 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
         listed.path for listed in list_checkpoints(run_dir) if listed.kind == "checkpoint"
     ]
     old = checkpoints[:-keep] if keep else []
-    doomed = [path for path in old if path != _best(checkpoints)]
+    best = _best(checkpoints)
+    doomed = [path for path in old if path != best]
     for path in doomed:
-        remove(path)
+        _remove(path)
     return doomed
 
 
@@ -215,7 +216,7 @@ def _best(checkpoints: list[Path]) -> Path | None:
     return min(known, key=losses.get, default=None)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a checkpoint, under another name: cut short, no half of it is left behind."""
     doomed = path.parent / f".removed-{path.name}"
     shutil.rmtree(doomed, ignore_errors=True)
