@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from harness import ROOT, environment, run
+from harness import ROOT, environment, run, torchrun
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_test import digests
@@ -270,6 +270,14 @@ def test_a_single_bad_step_leaves_weights_and_moments(cpu_platform, recipe, tmp_
     figures = trainer.train_step(next(batches))
     assert np.isfinite(figures["loss"]) and trainer.bad_steps_in_a_row == 0
     assert not all(torch.equal(a, b) for a, b in zip(before, state()))
+
+
+@pytest.mark.parametrize("tensor_parallel", [2, 1])
+def test_a_replica_that_differs_is_found(tmp_path, tensor_parallel):
+    layout = f"parallel.tensor_model_parallel_size={tensor_parallel}"
+    script = ROOT / "tests/differing_replicas.py"
+    output = torchrun(2, script, layout, f"run.dir={tmp_path}")
+    assert "before [], after ['decoder.final_layernorm.weight']" in output
 
 
 def test_a_spike_is_said_once_it_is_one():
