@@ -28,6 +28,12 @@ if [ -z "${RDZV_ENDPOINT:-}" ]; then
     [ "$nnodes" = 1 ] || fail "NNODES=$nnodes needs RDZV_ENDPOINT=HOST:PORT, the same on every node"
     RDZV_ENDPOINT=localhost:0
 fi
+rdzv_conf=${RDZV_CONF:-}
+# torchrun knows its own host by name only; an address of this node can be bound.
+if "$PYTHON" -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' \
+    "${RDZV_ENDPOINT%:*}" 2>/dev/null; then
+    rdzv_conf=is_host=true${rdzv_conf:+,$rdzv_conf}
+fi
 
 # What worker.sh leaves for this script: process ids, and the exit code that ends the job.
 WORKERS=$(mktemp -d)
@@ -38,7 +44,7 @@ launch=(
     "$PYTHON" -m torch.distributed.run
     --nnodes "$nnodes" --nproc-per-node "$gpus" --max-restarts "$max_restarts"
     --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-ttt}"
-    ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"}
+    ${rdzv_conf:+--rdzv-conf "$rdzv_conf"}
     ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
     --no-python examples/multi_node/worker.sh
 )
@@ -60,6 +66,7 @@ stop() {
     fi
 }
 
+shopt -s nullglob
 trap stop TERM INT USR1
 
 # A torchrun ends with the node that RDZV_ENDPOINT names: the others start theirs again.
