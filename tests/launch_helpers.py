@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from harness import ROOT, environment
 
 STEPS = 24
@@ -48,6 +49,17 @@ def script_environment(**settings: str | int) -> dict[str, str]:
     """The environment of a launch script: this Python, no GPU."""
     tests_own = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return {**environment(), **tests_own, **{key: str(value) for key, value in settings.items()}}
+
+
+def kubernetes_manifest() -> dict:
+    """The shipped PyTorchJob."""
+    return yaml.safe_load((ROOT / "examples/multi_node/pytorchjob.yaml").read_text())
+
+
+def kubernetes_container() -> dict:
+    """The container of each of its pods."""
+    replica = kubernetes_manifest()["spec"]["pytorchReplicaSpecs"]["Worker"]
+    return replica["template"]["spec"]["containers"][0]
 
 
 def losses(run_dir: Path) -> list[float]:

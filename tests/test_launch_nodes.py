@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from launch_helpers import (
     Node,
+    kubernetes_container,
     losses,
     script_environment,
     tiny_overrides,
@@ -13,8 +14,9 @@ from launch_helpers import (
     wait_until,
 )
 
-TORCHRUN = "examples/multi_node/torchrun.sh"
-RECIPE = ["--config", "yaml_recipes/ttt_linear_125m.yaml"]
+CONTAINER = kubernetes_container()
+COMMAND = [*CONTAINER["command"], *CONTAINER["args"]]
+"""The command line that the Kubernetes manifest gives to each pod."""
 # Within a node; the nodes are data or pipeline parallel.
 TENSOR_PARALLEL = "parallel.tensor_model_parallel_size=2"
 
@@ -35,7 +37,7 @@ def overrides(tmp_path_factory) -> list[str]:
 def one_nodes(overrides, tmp_path_factory) -> list[float]:
     """The losses of two tensor-parallel processes on one node."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    command = [TORCHRUN, *RECIPE, *overrides, f"run.dir={run_dir}"]
+    command = [*COMMAND, *overrides, f"run.dir={run_dir}"]
     subprocess.run(command, env=script_environment(GPUS=2), check=True)
     return losses(run_dir)
 
@@ -68,7 +70,7 @@ def run_on_both(nodes, command, run_dir: Path, kill: int | None = None) -> list[
 
 
 def test_data_parallel_across_nodes_and_one_killed(nodes, overrides, one_nodes, tmp_path):
-    command = [TORCHRUN, *RECIPE, *overrides]
+    command = [*COMMAND, *overrides]
     whole = run_on_both(nodes, command, tmp_path / "whole")
     assert whole == pytest.approx(one_nodes, abs=1e-5)
     assert run_on_both(nodes, command, tmp_path / "killed", kill=1) == whole
@@ -77,6 +79,6 @@ def test_data_parallel_across_nodes_and_one_killed(nodes, overrides, one_nodes, 
 def test_pipeline_across_nodes_and_the_rendezvous_killed(nodes, overrides, one_nodes, tmp_path):
     """The node that RDZV_ENDPOINT names goes, and with it every torchrun's store."""
     pipeline = "parallel.pipeline_model_parallel_size=2"
-    command = [TORCHRUN, *RECIPE, *overrides, pipeline]
+    command = [*COMMAND, *overrides, pipeline]
     killed = run_on_both(nodes, command, tmp_path / "killed", kill=0)
     assert killed == pytest.approx(one_nodes, abs=1e-5)
