@@ -210,6 +210,13 @@ class LoggingConfig:
     """Weights & Biases: disabled, offline or online."""
     wandb_project: str = "megatron-ttt"
     """Project on W&B."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to `tensorboard/` in the run folder."""
+    live: bool = False
+    """Show the run as a live view in place of log lines, where there is a terminal."""
+    inner_statistics_every: int = 0
+    """TTT: steps between looks at the inner loop of every layer (losses, learning rates, state), on
+    a few sequences of the step; 0: none."""
 
 
 @dataclass
@@ -349,6 +356,12 @@ def validate(config: Config) -> None:
         _at_least(f"parallel.{name}", getattr(parallel, name), 1)
     for name in ("save_every", "milestone_every", "keep"):
         _at_least(f"checkpoint.{name}", getattr(config.checkpoint, name), 0)
+    _at_least("logging.inner_statistics_every", config.logging.inner_statistics_every, 0)
+    if config.logging.inner_statistics_every and not model.is_ttt:
+        raise UserError(
+            f"logging.inner_statistics_every={config.logging.inner_statistics_every}, but "
+            "model.layer=attention has no inner loop: set 0"
+        )
     _at_least("training.check_replicas_every", training.check_replicas_every, 0)
     _at_least("training.max_bad_steps", training.max_bad_steps, 1)
     if not 0 <= config.optimizer.warmup_fraction <= 1:

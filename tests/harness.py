@@ -158,13 +158,16 @@ class Job:
             }
         )
 
-    def evaluate(self, name: str, layout: str, checkpoint: Path, ids: torch.Tensor, dtype) -> None:
-        """Add an evaluation of a checkpoint at a layout; its folder is `name`."""
+    def evaluate(
+        self, name: str, layout: str, checkpoint: Path, ids: torch.Tensor, dtype, kind="evaluate"
+    ) -> None:
+        """Add an evaluation of a checkpoint at a layout, or another `kind` of case that takes the
+        same; its folder is `name`."""
         path = self.folder / f"{name}.npy"
         np.save(path, ids.numpy())
         self.cases.setdefault(PROCESSES.get(layout, 2), []).append(
             {
-                "evaluate": str(checkpoint),
+                kind: str(checkpoint),
                 "dtype": dtype,
                 "overrides": [*LAYOUTS[layout], "run.device=cpu"],
                 "input_ids": str(path),

@@ -6,6 +6,8 @@ A case is one of
 - {"import": HF_DIR, "output": CHECKPOINT};
 - {"evaluate": CHECKPOINT, "dtype", "overrides", "input_ids": NPY, "output": FOLDER}: writes
   FOLDER/result.safetensors with `logits` and `grad/NAME`;
+- {"statistics": CHECKPOINT, "dtype", "overrides", "input_ids": NPY, "output": FOLDER}: writes
+  FOLDER/result.safetensors with every layer's inner statistics, by field;
 - {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool}: writes
   FOLDER/result.safetensors with the final weights, `param/NAME`, and on request the first step's
   gradients, `grad/NAME`; FOLDER/result.json: what did not hold on some rank. Losses are in the
@@ -83,6 +85,32 @@ def evaluate_case(case: dict) -> None:
     tensors = {f"grad/{name}": grad for name, grad in evaluator.gradients(ids).items()}
     if evaluation.is_last_stage_writer():
         write_tensors(case, {"logits": logits, **tensors})
+
+
+def statistics_case(case: dict) -> None:
+    """The inner loop's statistics of a checkpoint, which every rank must see alike."""
+    from megatron_ttt import evaluation
+    from megatron_ttt.training.inner_loop import observe_inner_loop
+    from megatron_ttt.training.trainer import start
+
+    config = evaluation.evaluation_config(case["statistics"], case["overrides"])
+    platform = start(config)
+    dtype = getattr(torch, case["dtype"])
+    evaluator = evaluation.Evaluator(config, platform, case["statistics"], dtype)
+    ids = evaluation.read_input_ids(Path(case["input_ids"]), config.model.vocab_size)
+    # Each data-parallel rank looks at its share.
+    from megatron.core import parallel_state
+
+    ranks, rank = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    seen = observe_inner_loop(evaluator.chunks, lambda: evaluator.logits(ids.chunk(ranks)[rank]))
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    assert all(torch.equal(a, b) for other in everyone for a, b in zip(seen, other))
+    if dist.get_rank() == 0:
+        write_tensors(case, seen._asdict())
 
 
 def train_case(case: dict) -> None:
@@ -202,7 +230,12 @@ def gathered(problems: list) -> list:
     return sorted({problem for one in everyone for problem in one})
 
 
-CASES = {"import": import_case, "evaluate": evaluate_case, "train": train_case}
+CASES = {
+    "import": import_case,
+    "evaluate": evaluate_case,
+    "statistics": statistics_case,
+    "train": train_case,
+}
 
 if __name__ == "__main__":
     main()

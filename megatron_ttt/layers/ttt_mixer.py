@@ -64,6 +64,7 @@ class TTTMixer(MegatronModule):
         super().__init__(config)
         self.model, self.layer_number, self.scan_backend = model, layer_number, scan_backend
         self.inner_lr_scale = 1.0  # what the trainer warms up; 1 in evaluation
+        self.observer = None  # called with `inner_statistics`' arguments, where one looks
         self.num_local_heads = (
             model.num_heads // parallel_state.get_tensor_model_parallel_world_size()
         )
@@ -142,7 +143,7 @@ class TTTMixer(MegatronModule):
             self.model.rope_theta,
             like=x_SBD,
         )
-        out_BHLF, _ = ttt_scan(
+        inputs = (
             rotate_pairs(self._split_heads(q), *angles),
             rotate_pairs(self._split_heads(k), *angles),
             self._split_heads(part["v"]),
@@ -151,8 +152,10 @@ class TTTMixer(MegatronModule):
             self.ttt_norm_weight,
             self.ttt_norm_bias,
             tuple(getattr(self, name) for name in self.state_names),
-            backend=self.scan_backend,
         )
+        if self.observer is not None:
+            self.observer(*inputs[1:], self._split_heads(k))
+        out_BHLF, _ = ttt_scan(*inputs, backend=self.scan_backend)
         out_SBD = self.post_norm(out_BHLF.permute(2, 0, 1, 3).flatten(2))
         if "g" in part:
             out_SBD = F.gelu(part["g"], approximate="tanh") * out_SBD

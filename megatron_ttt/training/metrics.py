@@ -1,48 +1,47 @@
-"""Where a run's figures go: the terminal, metrics.jsonl, Weights & Biases."""
+"""A run's figures: what a record of a step holds, and what the terminal shows of it."""
 
 from __future__ import annotations
 
-import json
 import math
-import secrets
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from megatron_ttt.config import Config, to_dict
+from megatron_ttt.config import Config
+from megatron_ttt.training.live import LiveView
+from megatron_ttt.training.loggers import open_loggers
 
 GIB = 2**30
 
 
 class MetricsLog:
-    """Rank 0's log of a run. metrics.jsonl holds one line a step and one a validation."""
+    """Rank 0's log of a run; a context manager that closes what it opened.
+
+    A step's record: loss, lr, grad_norm, ttt_lr_mult (TTT), skipped_steps (if any), seconds,
+    data_wait_share (of them), tokens, tokens_per_second, mfu (where the GPU's peak is known),
+    memory_gib (this rank's peak), `inner/layer_NN/...` where they were taken. A validation's:
+    val_loss.
+    """
 
     def __init__(
         self,
         config: Config,
         first_step: int,
-        tokens_per_step: int,
         peak_flops: float | None,
         flops_per_token: float,
     ):
-        """first_step: the step the run goes on from; later lines of an earlier attempt go."""
-        self.config, self.tokens_per_step = config, tokens_per_step
+        """first_step: the step the run goes on from. peak_flops: of all devices together."""
+        training = config.training
+        self.log_every, self.last_step = training.log_every, training.exit_step or training.steps
+        self.tokens_per_step = training.global_batch_size * training.seq_length
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
-        run_dir = Path(config.run.dir)
-        path = run_dir / "metrics.jsonl"
-        kept = _lines_until(path, first_step)
-        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (closed in close)
-        self.file.writelines(kept)
-        self.wandb = (
-            _start_wandb(config, run_dir) if config.logging.wandb_mode != "disabled" else None
-        )
+        self.loggers = open_loggers(config, first_step)
+        self.live = LiveView.open(config, first_step) if config.logging.live else None
         self.since, self.steps_since = time.perf_counter(), 0
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
         """Record a training step; print every `training.log_every` of them."""
         self.steps_since += 1
-        print_it = step % self.config.training.log_every == 0 or step == 1
         now = time.perf_counter()
         rate = self.steps_since * self.tokens_per_step / (now - self.since)
         record = {"step": step, **figures, "tokens": step * self.tokens_per_step}
@@ -51,9 +50,12 @@ class MetricsLog:
             record["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
         record["memory_gib"] = round(memory_bytes / GIB, 3)
         self._write(record)
-        if print_it:
-            left = (self.config.training.exit_step or self.config.training.steps) - step
-            self._print(record, seconds_left=left * self.tokens_per_step / rate)
+        seconds_left = (self.last_step - step) * self.tokens_per_step / rate
+        if self.live is not None:
+            self.live.step(record, duration(seconds_left))
+        if step % self.log_every == 0 or step == 1:
+            if self.live is None:
+                say(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
             self.since, self.steps_since = time.perf_counter(), 0
 
     def validation(self, step: int, loss: float) -> None:
@@ -62,29 +64,23 @@ class MetricsLog:
         say(f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}")
         self.since, self.steps_since = time.perf_counter(), 0
 
-    def close(self) -> None:
-        """Flush everything."""
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+    def flush(self) -> None:
+        """Before a save: what is recorded must outlive this process, as the checkpoint does."""
+        for logger in self.loggers:
+            logger.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.live is not None:
+            self.live.close()
+        for logger in self.loggers:
+            logger.close(failed=error is not None)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
-    def _print(self, record: dict[str, Any], seconds_left: float) -> None:
-        fields = [
-            f"loss={record['loss']:.4f}",
-            f"lr={record['lr']:.2e}",
-            f"grad_norm={record['grad_norm']:.3f}",
-            f"tokens/s={record['tokens_per_second']:,.0f}",
-        ]
-        if "mfu" in record:
-            fields.append(f"mfu={record['mfu']:.1%}")
-        fields.append(f"memory={record['memory_gib']:.2f}GiB")
-        fields.append(f"eta={_duration(seconds_left)}")
-        say(f"Step {record['step']}: {', '.join(fields)}")
+        for logger in self.loggers:
+            logger.write(record)
 
 
 def say(message: str) -> None:
@@ -92,32 +88,21 @@ def say(message: str) -> None:
     print(message, file=sys.stdout, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The complete lines of an earlier attempt, up to and with `step`."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
-
-
-def _start_wandb(config: Config, run_dir: Path):
-    import wandb
-
-    id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id)
-    return wandb.init(
-        project=config.logging.wandb_project,
-        name=run_dir.name,
-        id=run_id,
-        resume="allow",
-        mode=config.logging.wandb_mode,
-        dir=str(run_dir),
-        config=to_dict(config),
-    )
+def _in_words(record: dict[str, Any]) -> str:
+    fields = [
+        f"loss={record['loss']:.4f}",
+        f"lr={record['lr']:.2e}",
+        f"grad_norm={record['grad_norm']:.3f}",
+        f"tokens/s={record['tokens_per_second']:,.0f}",
+    ]
+    if "mfu" in record:
+        fields.append(f"mfu={record['mfu']:.1%}")
+    fields.append(f"memory={record['memory_gib']:.2f}GiB")
+    return ", ".join(fields)

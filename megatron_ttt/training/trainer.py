@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,11 @@ from megatron_ttt.checkpoint.store import (
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import open_data
-from megatron_ttt.errors import TrainingError, UserError
+from megatron_ttt.errors import UserError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
-from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
+from megatron_ttt.training.loggers import check_loggers
 from megatron_ttt.training.metrics import MetricsLog, say
 from megatron_ttt.training.optimizer import (
     build_optimizer,
@@ -50,6 +51,7 @@ from megatron_ttt.training.optimizer import (
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
 from megatron_ttt.training.stopping import StopRequests
+from megatron_ttt.training.watch import RunWatch
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
@@ -85,6 +87,7 @@ class Trainer:
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
         # Everything a user can have got wrong is looked at before the slow building.
+        check_loggers(config)
         self.resume_from = self._find_checkpoint()
         self.data = open_data(config)
 
@@ -97,7 +100,7 @@ class Trainer:
         self.writer = CheckpointWriter(asynchronous=config.checkpoint.asynchronous)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
-        self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
+        self.watch = RunWatch(config, self.chunks, self.ddp_chunks, self._run_forward)
         if self.resume_from is not None:
             self._resume()
 
@@ -163,9 +166,14 @@ class Trainer:
         Returns why the run stopped before that, in words; it has saved then. Raises TrainingError
         for a run that cannot go on.
         """
+        with self._open_log() or nullcontext() as log:
+            reason = self._run_steps(log)
+        self._wait_for_exports()
+        return reason
+
+    def _run_steps(self, log: MetricsLog | None) -> str | None:
         config = self.config
         last = config.training.exit_step or config.training.steps
-        log = self._open_log()
         if self.step >= last and self.is_first_rank:
             say(f"Nothing to do: step {self.step} of {last} is behind")
         batches = self.data.train_batches(self.step, last)
@@ -176,11 +184,12 @@ class Trainer:
             microbatches = next(batches)
             waited = time.perf_counter() - started
             figures = self.train_step(microbatches)
-            figures["seconds"] = round(time.perf_counter() - started, 4)
-            figures["data_wait"] = round(waited, 4)
+            seconds = time.perf_counter() - started
+            figures |= {"seconds": round(seconds, 4), "data_wait_share": round(waited / seconds, 4)}
+            figures |= self.watch.inner_figures(self.step, microbatches)
             if log is not None:
                 log.step(self.step, figures, self.platform.peak_memory_bytes())
-            self._look_after(figures, microbatches)
+            self.watch.look(self.step, figures, microbatches, self.bad_steps_in_a_row)
             self.writer.poll()
             at_end = self.step == last
             if not at_end and self.stop is not None:
@@ -189,38 +198,13 @@ class Trainer:
                 self.validate(log)
             due = self._due(config.checkpoint.save_every) or self._milestone_due()
             if at_end or due or reason is not None:
+                if log is not None:
+                    log.flush()
                 self.save()
         self.writer.wait()
-        if log is not None:
-            log.close()
-            if reason is not None:
-                say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
-        self._wait_for_exports()
+        if reason is not None and self.is_first_rank:
+            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
-
-    def _look_after(self, figures: dict[str, float], microbatches: list[torch.Tensor]) -> None:
-        """Warn of spikes, compare replicas, and end a run whose numbers have gone wrong."""
-        warnings = [watch.see(figures[name]) for name, watch in self.spike_watches.items()]
-        if self.is_first_rank:
-            for warning in filter(None, warnings):
-                say(f"Warning at step {self.step}: {warning}")
-        if self.bad_steps_in_a_row >= self.config.training.max_bad_steps:
-            forward = partial(self._run, microbatches, forward_only=True)
-            with torch.no_grad():
-                place = first_bad_place(self.chunks, forward)
-            raise TrainingError(
-                f"{self.bad_steps_in_a_row} steps in a row were not finite, the last step "
-                f"{self.step}; first not finite is {place}. Go back to an earlier checkpoint "
-                "(checkpoint.load) with a lower optimizer.lr"
-            )
-        if self._due(self.config.training.check_replicas_every):
-            gather_parameters(self.ddp_chunks)
-            if differing := differing_replicas(self.chunks):
-                raise TrainingError(
-                    f"copies of {len(differing)} parameters differ between ranks at step "
-                    f"{self.step}, {differing[0]} among them: some rank's memory or network is "
-                    "faulty; resume from the last checkpoint on other machines"
-                )
 
     def train_step(self, microbatches: list[torch.Tensor]) -> dict[str, float]:
         """One optimizer step on this rank's microbatches; returns what it measured."""
@@ -252,15 +236,20 @@ class Trainer:
         )
 
     @torch.no_grad()
+    def _run_forward(self, microbatches: list[torch.Tensor]) -> float:
+        """As `_run`, without gradients and in evaluation mode."""
+        self._mode(training=False)
+        loss = self._run(microbatches, forward_only=True)
+        self._mode(training=True)
+        return loss
+
     def validate(self, log: MetricsLog | None = None) -> float | None:
         """Mean loss over the validation sequences; None where there are none."""
         microbatches = self.data.validation_batches()
         if not microbatches:
             return None
-        self._mode(training=False)
         set_inner_lr_scale(self.chunks, 1.0)
-        loss = self._run(microbatches, forward_only=True)
-        self._mode(training=True)
+        loss = self._run_forward(microbatches)
         self.last_validation = self.step, loss
         if log is not None:
             log.validation(self.step, loss)
@@ -332,16 +321,10 @@ class Trainer:
         """Rank 0 writes the resolved configuration and opens the log; the others have none."""
         if not self.is_first_rank:
             return None
-        config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(to_yaml(config))
+        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         peak = None
         if self.platform.kind == "cuda":
             peak = peak_flops(torch.cuda.get_device_name())
-        return MetricsLog(
-            config,
-            first_step=self.step,
-            tokens_per_step=config.training.global_batch_size * config.training.seq_length,
-            flops_per_token=training_flops_per_token(config.model, config.training.seq_length),
-            peak_flops=peak and peak * dist.get_world_size(),
-        )
+        flops = training_flops_per_token(self.config.model, self.config.training.seq_length)
+        return MetricsLog(self.config, self.step, peak and peak * dist.get_world_size(), flops)

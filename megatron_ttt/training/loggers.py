@@ -1,0 +1,129 @@
+"""Where the records of a run go: metrics.jsonl, Weights & Biases, TensorBoard.
+
+A record is a dict of a `step` and figures, which have the same names everywhere. A resumed run goes
+on from a checkpoint's step: what an earlier attempt wrote of later steps is dropped, and what it
+wrote up to there is on the disk, since `flush` comes before every save.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ttt.config import Config, to_dict
+from megatron_ttt.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Logger(Protocol):
+    """One place that records go to."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take a record."""
+
+    def flush(self) -> None:
+        """Bring what was written to where it survives this process."""
+
+    def close(self, failed: bool) -> None:
+        """Flush, and say how the run ended where that is kept."""
+
+
+def check_loggers(config: Config) -> None:
+    """Raises UserError where a package that the configuration asks for is missing."""
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard=true needs the package tensorboard: "
+            "pip install 'megatron-ttt[tensorboard]'"
+        )
+
+
+def open_loggers(config: Config, first_step: int) -> list[Logger]:
+    """All that the configuration asks for. first_step: the step the run goes on from."""
+    run_dir = Path(config.run.dir)
+    loggers: list[Logger] = [JsonLines(run_dir / METRICS_FILE, first_step)]
+    if config.logging.wandb_mode != "disabled":
+        loggers.append(WandB(config, run_dir))
+    if config.logging.tensorboard:
+        loggers.append(TensorBoard(run_dir / TENSORBOARD_FOLDER, first_step))
+    return loggers
+
+
+class JsonLines:
+    """metrics.jsonl: one line a step and one a validation."""
+
+    def __init__(self, path: Path, first_step: int):
+        kept = _lines_until(path, first_step)
+        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (closed in close)
+        self.file.writelines(kept)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self, failed: bool) -> None:
+        self.file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The complete lines of an earlier attempt, up to and with `step`."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]
+
+
+class WandB:
+    """Weights & Biases, online or into a folder to be synchronised later; it drops repeated steps
+    of a run id by itself."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        self.run = wandb.init(
+            project=config.logging.wandb_project,
+            name=run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=config.logging.wandb_mode,
+            dir=str(run_dir),
+            config=to_dict(config),
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def flush(self) -> None:
+        """Its own process has what was logged."""
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+class TensorBoard:
+    """Event files, one an attempt; readers drop what the attempt's first event purges."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, figure in record.items():
+            if name != "step":
+                self.writer.add_scalar(name, figure, record["step"])
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()

@@ -1,0 +1,100 @@
+"""Looking after a run between its steps: spikes, bad steps, copies that differ, the inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+
+from megatron_ttt.config import Config
+from megatron_ttt.errors import TrainingError
+from megatron_ttt.ops.statistics import InnerStatistics
+from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
+from megatron_ttt.training.inner_loop import (
+    inner_figures,
+    inner_table,
+    observe_inner_loop,
+    sample_of,
+)
+from megatron_ttt.training.metrics import say
+from megatron_ttt.training.optimizer import gather_parameters
+
+REPORT_PAUSE = 100
+"""Least steps between two reports of the inner loop's health."""
+
+
+class RunWatch:
+    """What is looked at after each step. All its methods are collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        chunks: list[nn.Module],
+        ddp_chunks: list[DistributedDataParallel],
+        run_forward: Callable[[list[Tensor]], object],
+    ):
+        """run_forward: passes microbatches through the chunks, without gradients."""
+        self.config, self.chunks, self.ddp_chunks = config, chunks, ddp_chunks
+        self.run_forward = run_forward
+        self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
+        self.reported_at = -REPORT_PAUSE
+
+    def inner_figures(self, step: int, microbatches: list[Tensor]) -> dict[str, float]:
+        """The inner loop's figures for the log, at the steps that want them; else none."""
+        every = self.config.logging.inner_statistics_every
+        if not every or step % every:
+            return {}
+        return inner_figures(self._inner_statistics(microbatches))
+
+    def look(
+        self, step: int, figures: dict[str, float], microbatches: list[Tensor], bad_steps: int
+    ) -> None:
+        """Warn of what is out of the ordinary; raise TrainingError for what cannot go on.
+
+        bad_steps: how many in a row, this one the last, were not finite.
+        """
+        seen = [watch.see(figures[name]) for name, watch in self.spike_watches.items()]
+        warnings = [warning for warning in seen if warning is not None]
+        for warning in warnings:
+            self._say(f"Warning at step {step}: {warning}")
+        give_up = bad_steps >= self.config.training.max_bad_steps
+        if give_up or ((warnings or bad_steps) and step - self.reported_at >= REPORT_PAUSE):
+            self._report_inner_loop(step, microbatches)
+        if give_up:
+            place = first_bad_place(self.chunks, partial(self.run_forward, microbatches))
+            raise TrainingError(
+                f"{bad_steps} steps in a row were not finite, the last step {step}; first not "
+                f"finite is {place}. Go back to an earlier checkpoint (checkpoint.load) with a "
+                "lower optimizer.lr"
+            )
+        every = self.config.training.check_replicas_every
+        if every and step % every == 0:
+            self._compare_replicas(step)
+
+    def _inner_statistics(self, microbatches: list[Tensor]) -> InnerStatistics:
+        """On a few of these sequences, with weights and inner learning rate as they are."""
+        forward = partial(self.run_forward, sample_of(microbatches))
+        return observe_inner_loop(self.chunks, forward)
+
+    def _report_inner_loop(self, step: int, microbatches: list[Tensor]) -> None:
+        if not self.config.model.is_ttt:
+            return
+        self.reported_at = step
+        table = inner_table(self._inner_statistics(microbatches))
+        self._say(f"The inner loop at step {step}:\n{table}")
+
+    def _compare_replicas(self, step: int) -> None:
+        gather_parameters(self.ddp_chunks)
+        if differing := differing_replicas(self.chunks):
+            raise TrainingError(
+                f"copies of {len(differing)} parameters differ between ranks at step {step}, "
+                f"{differing[0]} among them: some rank's memory or network is faulty; resume from "
+                "the last checkpoint on other machines"
+            )
+
+    def _say(self, message: str) -> None:
+        if dist.get_rank() == 0:
+            say(message)

@@ -1,0 +1,201 @@
+"""Where a run's figures go: by name, every step once, also when the run is taken up again."""
+
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import ROOT, environment, run
+
+from megatron_ttt.training.live import sparkline
+
+STEPS = 8
+COMMAND = [sys.executable, "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
+FIGURES = {"loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "data_wait_share"}
+INNER = {f"inner/layer_{layer:02d}/loss_after" for layer in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> list[str]:
+    """Overrides of a small run on fixed batches, without validation."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(2, 96, (STEPS, 4, 33)))
+    return [
+        f"data.fixed_batches={tokens}",
+        "data.train=[]",
+        "data.validation=[]",
+        "data.tokenizer_model=null",
+        f"training.steps={STEPS}",
+        "training.seq_length=32",
+        "training.global_batch_size=4",
+        "model.vocab_size=96",
+        "model.hidden_size=32",
+        "model.ffn_hidden_size=64",
+        "checkpoint.save_every=3",
+        "logging.live=true",
+    ]
+
+
+@pytest.fixture(scope="module")
+def taken_up_again(recipe, tmp_path_factory) -> tuple[Path, str, str]:
+    """A run that got to step 6 and goes on from step 3, with every logger; and what it printed, to
+    a file and then to a terminal."""
+    run_dir = tmp_path_factory.mktemp("logged") / "run"
+    more = ["logging.tensorboard=true", "logging.wandb_mode=offline"]
+    more += ["logging.inner_statistics_every=2", f"run.dir={run_dir}"]
+    lines = run([*COMMAND, *recipe, *more, "training.exit_step=6"])
+    shutil.rmtree(run_dir / "checkpoint-6")
+    return run_dir, lines, run_in_terminal([*COMMAND, *recipe, *more])
+
+
+def run_in_terminal(command: list[str]) -> str:
+    """What a command shows in a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "100"},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux's end of a terminal
+            break
+        shown += part
+    os.close(ours)
+    shown = shown.decode()
+    assert process.wait() == 0, shown[-3000:]
+    return shown
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_once_in_metrics_jsonl(taken_up_again):
+    log = records(taken_up_again[0])
+    assert [record["step"] for record in log] == list(range(1, STEPS + 1))
+    for record in log:
+        assert FIGURES <= set(record) and 0 <= record["data_wait_share"] <= 1
+        assert (INNER <= set(record)) == (record["step"] % 2 == 0)
+    assert all(math.isfinite(log[1][name]) for name in INNER)
+
+
+def test_looking_at_the_inner_loop_changes_nothing(recipe, taken_up_again, tmp_path):
+    run([*COMMAND, *recipe, f"run.dir={tmp_path}"])
+    losses = [(record["loss"], record["grad_norm"]) for record in records(tmp_path)]
+    assert losses == [(r["loss"], r["grad_norm"]) for r in records(taken_up_again[0])]
+
+
+def test_every_step_once_in_tensorboard(taken_up_again):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = taken_up_again[0]
+    assert len(list((run_dir / "tensorboard").iterdir())) == 2
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    log = records(run_dir)
+    assert set(events.Tags()["scalars"]) == {key for record in log for key in record} - {"step"}
+    for name in FIGURES | INNER:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        wanted = [(record["step"], record[name]) for record in log if name in record]
+        assert [step for step, _ in shown] == [step for step, _ in wanted], name
+        assert np.allclose([v for _, v in shown], [v for _, v in wanted], rtol=1e-6), name
+
+
+def test_weights_and_biases_has_the_figures_by_name(taken_up_again):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    run_dir = taken_up_again[0]
+    seen, run_ids = {}, set()
+    files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    for path in files:
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while data := store.scan_data():
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                run_ids.add(record.run.run_id)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                figures = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+                seen[figures["_step"]] = figures
+    assert run_ids == {(run_dir / "wandb_id").read_text()}
+    assert sorted(seen) == list(range(1, STEPS + 1))
+    for record in records(run_dir):
+        wanted = {key: value for key, value in record.items() if key != "step"}
+        assert wanted.items() <= seen[record["step"]].items()
+
+
+def test_the_live_view_is_for_terminals(taken_up_again):
+    _, lines, shown = taken_up_again
+    assert "Step 6: loss=" in lines and "╭" not in lines
+    assert "Step 8: loss=" not in shown
+    # Its last picture, without the control codes.
+    panel = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).rpartition("╭")[2]
+    last = records(taken_up_again[0])[-1]
+    assert "step 8 of 8" in panel and "0:00:00 left" in panel
+    for figure in (f"{last['loss']:.4f}", f"{last['grad_norm']:.3f}", "tokens/s", "data wait"):
+        assert figure in panel, panel
+    assert re.search("loss of the last steps +[▁▂▃▄▅▆▇█]{5}", panel)
+    # Other lines come above it.
+    assert re.search(r"Saved \S+checkpoint-8", shown)
+
+
+def test_a_missing_package_is_said_before_anything_is_built(recipe, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['tensorboard'] = None\n")
+    path = f"{hidden}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = ["env", f"PYTHONPATH={path}", *COMMAND, *recipe, f"run.dir={tmp_path}/run"]
+    output = run([*command, "logging.tensorboard=true"], expect=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert "megatron-ttt[tensorboard]" in line and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_sparkline():
+    assert sparkline([]) == "" and sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([0.0, 7.0, math.nan, 3.5]) == "▁█ ▅"
+
+
+def test_a_report_of_the_inner_loop_where_something_is_wrong(
+    cpu_platform, recipe, tmp_path, capsys
+):
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    overrides = [*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100"]
+    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    microbatches = next(trainer.data.train_batches(0, STEPS))
+    figures = trainer.train_step(microbatches)
+    trainer.watch.look(1, figures, microbatches, bad_steps=0)
+    assert capsys.readouterr().out == ""
+    mixer = trainer.chunks[0].decoder.layers[1].self_attention
+    mixer.W1.data[0, 0, 0] = math.nan
+    mixer.learnable_token_idx.data[2:6] = -1
+    trainer.watch.look(2, figures, microbatches, bad_steps=1)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "The inner loop at step 2:" and len(table) == 4
+    assert table[2].endswith("100.0%") and " 0% " in table[2]
+    assert "nan" in table[3] and " 25% " in table[3] and not table[3].endswith("100.0%")
+    # Not again at once.
+    trainer.watch.look(3, figures, microbatches, bad_steps=2)
+    assert capsys.readouterr().out == ""
