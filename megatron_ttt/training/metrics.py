@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -31,9 +33,10 @@ class MetricsLog:
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         run_dir = Path(config.run.dir)
         path = run_dir / "metrics.jsonl"
-        kept = _lines_until(path, first_step)
-        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (closed in close)
-        self.file.writelines(kept)
+        # Cut, not written anew: a run killed in between would lose what it had.
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self.file.truncate(_bytes_until(path, first_step))
+        self.unwritten, self.disk_is_full = b"", False
         self.wandb = (
             _start_wandb(config, run_dir) if config.logging.wandb_mode != "disabled" else None
         )
@@ -62,16 +65,36 @@ class MetricsLog:
         say(f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}")
         self.since, self.steps_since = time.perf_counter(), 0
 
+    def sync(self) -> None:
+        """Bring what was recorded to the disk, so that no checkpoint knows of more steps."""
+        self._flush()
+        if not self.disk_is_full:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Flush everything."""
+        self._flush()
+        if self.unwritten:
+            say(f"Warning: the last {self.unwritten.count(10)} lines of metrics.jsonl are lost")
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        self._flush()
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def _flush(self) -> None:
+        """Write what there is; on a full disk the rest stays for the next time."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not self.disk_is_full:
+                say(f"Warning: metrics.jsonl cannot be written: {error.strerror}; it is kept")
+        self.disk_is_full = bool(self.unwritten)
 
     def _print(self, record: dict[str, Any], seconds_left: float) -> None:
         fields = [
@@ -88,8 +111,9 @@ class MetricsLog:
 
 
 def say(message: str) -> None:
-    """Print a line of the training log."""
-    print(message, file=sys.stdout, flush=True)
+    """Print a line of the training log; where that is a file on a full disk, do without."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stdout, flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -98,12 +122,18 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The complete lines of an earlier attempt, up to and with `step`."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+def _bytes_until(path: Path, step: int) -> int:
+    """How far the lines of an earlier attempt go, up to and with `step`; they are in order."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            complete = line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except ValueError:
+            complete = False
+        if not complete:
+            break
+        length += len(line)
+    return length
 
 
 def _start_wandb(config: Config, run_dir: Path):
