@@ -4,10 +4,11 @@
     python benchmarks/kill_test.py --kills 200 [--output FILE.json]
 
 A small model is trained at TP2, at DP2 and at TP2 with background saves, first undisturbed, then
-under SIGKILLs: every second one hits a single rank, the others the whole process group; at least
-every second one comes while a save is under way. After each, the same command is given again. In
-the end losses, gradient norms, metrics and every tensor of the last checkpoint must be the
-undisturbed run's, to the last bit. Ends with its tally; exit code 1 if anything differs.
+under SIGKILLs: half of them hit a single rank, half the launcher and all its ranks; at least half
+come while a save is under way, those evenly on one and on all. After each, the same command is
+given again. In the end losses, gradient norms, metrics and every tensor of the last checkpoint must
+be the undisturbed run's, to the last bit. Ends with its tally; exit code 1 if anything differs or
+there were fewer kills than asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_ttt.checkpoint.store import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
-STEPS, SAVE_EVERY = 40, 2
+STEPS, SAVE_EVERY = 150, 2
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 SETUPS = {"TP2": TP2, "DP2": [], "TP2 background": [*TP2, "checkpoint.asynchronous=true"]}
 
@@ -47,64 +48,92 @@ class Run:
     overrides: list[str]
     folder: Path
     kills: Counter = field(default_factory=Counter)
+    left: set[Path] = field(default_factory=set)  # temporary folders of runs killed before
 
     def launch(self) -> subprocess.Popen:
         """Start it under torchrun, in a process group of its own."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "pretrain_ttt.py", "--config"]
         command += ["yaml_recipes/debug_cpu.yaml", *self.overrides, f"run.dir={self.folder}"]
+        self.left = set(self.folder.glob(".incomplete-*"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         with open(self.folder.with_suffix(".log"), "a") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def finish(self) -> None:
-        """Run to the end undisturbed."""
-        if self.launch().wait():
+    def finish(self) -> float:
+        """Run to the end undisturbed; the seconds until the first checkpoint it publishes."""
+        before, started, seconds = newest_step(self.folder), time.monotonic(), 0.0
+        launcher = self.launch()
+        while launcher.poll() is None:
+            if not seconds and newest_step(self.folder) > before:
+                seconds = time.monotonic() - started
+            time.sleep(0.05)
+        if launcher.returncode:
             log = self.folder.with_suffix(".log").read_text()
             raise SystemExit(f"the run failed:\n{log[-3000:]}")
+        return seconds
 
-    def finish_under_fire(self, kills: int, chance: random.Random) -> None:
-        """Kill it `kills` times, then let it finish."""
-        while self.kills["in all"] < kills:
+    def finish_under_fire(self, kills: int, until: float, span: float, chance: random.Random):
+        """Kill it `kills` times, or until that time, then let it finish.
+
+        span: a kill at any moment comes in so many seconds from the start.
+        """
+        while self.kills["in all"] < kills and time.monotonic() < until:
             launcher = self.launch()
             in_save = 2 * self.kills["inside a save"] <= self.kills["in all"]
-            if not self.wait_for_moment(launcher, in_save, chance):
-                raise SystemExit(f"{self.folder} ended before its {kills} kills: raise STEPS")
-            inside = bool(list(self.folder.glob(".incomplete-*")))
-            group = self.kills["in all"] % 2 == 0
-            self.kill(launcher, group, chance)
+            if not self.wait_for_moment(launcher, in_save, chance.uniform(0, span), chance):
+                return
+            # Either kind of moment hits one rank and all of them in turn.
+            where = "inside a save" if in_save else "elsewhere"
+            alone = self.kills[f"one rank, {where}"] < self.kills[f"whole group, {where}"]
+            inside = self.kill(launcher, alone, chance)
             self.kills["in all"] += 1
             self.kills["inside a save"] += inside
-            self.kills["whole group" if group else "one rank"] += 1
+            who = "one rank" if alone else "whole group"
+            self.kills[who] += 1
+            self.kills[f"{who}, {'inside a save' if inside else 'elsewhere'}"] += 1
+            print(f"{self.folder.name}: {who}, newest {newest_step(self.folder)}", flush=True)
         self.finish()
 
-    def wait_for_moment(self, launcher, in_save: bool, chance: random.Random) -> bool:
-        """Wait for a save to begin, or for any moment; False if the run ends first."""
-        end = time.monotonic() + chance.uniform(0, 12)
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return not self.left.issuperset(self.folder.glob(".incomplete-*"))
+
+    def wait_for_moment(self, launcher, in_save: bool, seconds: float, chance) -> bool:
+        """Wait for a save to begin, or so many seconds; False if the run ends first."""
+        end = time.monotonic() + seconds
         while launcher.poll() is None:
-            if list(self.folder.glob(".incomplete-*")) if in_save else time.monotonic() > end:
+            if self.saving() if in_save else time.monotonic() > end:
                 time.sleep(chance.uniform(0, 0.3) if in_save else 0)
                 return True
             time.sleep(0.001)
         return False
 
-    def kill(self, launcher, group: bool, chance: random.Random) -> None:
-        """SIGKILL the group or one rank; then wait for the launcher, which ends the other rank.
+    def kill(self, launcher, alone: bool, chance: random.Random) -> bool:
+        """SIGKILL one rank, whereupon the launcher ends the other; or the launcher and the ranks,
+        each of which leads a session of its own. Returns whether a save was under way.
 
         Background writers are left to themselves: they are what a killed run leaves behind.
         """
-        if group:
-            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.send_signal(signal.SIGSTOP)
+        children = psutil.Process(launcher.pid).children()
+        ranks = [p for p in children if "pretrain_ttt.py" in p.cmdline()]
+        inside = self.saving()
+        if alone and ranks:
+            chance.choice(ranks).kill()
+            launcher.send_signal(signal.SIGCONT)
         else:
-            children = psutil.Process(launcher.pid).children()
-            ranks = [p for p in children if "pretrain_ttt.py" in " ".join(p.cmdline())]
-            if ranks:
-                chance.choice(ranks).kill()
-            else:
-                launcher.kill()
+            for process in [*ranks, launcher]:
+                process.kill()
         launcher.wait()
+        return inside
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((listed.step for listed in list_checkpoints(folder)), default=0)
 
 
 def figures(folder: Path) -> list[tuple]:
@@ -147,6 +176,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=600, help="kill no more after that")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
@@ -170,14 +200,15 @@ def main() -> int:
             f"checkpoint.save_every={SAVE_EVERY}",
             "checkpoint.keep=3",
         ]
+        until = time.monotonic() + 60 * arguments.minutes
         shares = [arguments.kills // len(arguments.setups)] * len(arguments.setups)
         shares[0] += arguments.kills - sum(shares)
         for name, kills in zip(arguments.setups, shares):
             folder = Path(scratch) / name.replace(" ", "-")
             whole = Run([*common, *SETUPS[name]], folder.with_name(f"{folder.name}-whole"))
-            whole.finish()
+            span = 1.4 * whole.finish()
             killed = Run(whole.overrides, folder)
-            killed.finish_under_fire(kills, chance)
+            killed.finish_under_fire(kills, until, span, chance)
             found = differences(whole.folder, killed.folder)
             tally[name] = {**killed.kills, "differences": found}
             print(f"{name}: {dict(killed.kills)}, differences: {found or 'none'}", flush=True)
@@ -188,7 +219,7 @@ def main() -> int:
     print(f"{total['in all']} kills {dict(total)}; runs that differ: {bad or 'none'}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"total": total, **tally}, indent=1) + "\n")
-    return bool(bad)
+    return bool(bad) or total["in all"] < arguments.kills
 
 
 if __name__ == "__main__":

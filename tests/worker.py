@@ -8,10 +8,11 @@ A case is one of
   FOLDER/result.safetensors with `logits` and `grad/NAME`;
 - {"statistics": CHECKPOINT, "dtype", "overrides", "input_ids": NPY, "output": FOLDER}: writes
   FOLDER/result.safetensors with every layer's inner statistics, by field;
-- {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool}: writes
+- {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool, "moments": bool}: writes
   FOLDER/result.safetensors with the final weights, `param/NAME`, and on request the first step's
-  gradients, `grad/NAME`; FOLDER/result.json: what did not hold on some rank. Losses are in the
-  run's own metrics.jsonl.
+  gradients, `grad/NAME`, and AdamW's moments before the first step and after the last,
+  `first/exp_avg/NAME` and `last/exp_avg/NAME`, and so for `exp_avg_sq`; FOLDER/result.json: what
+  did not hold on some rank. Losses are in the run's own metrics.jsonl.
 Names are the official ones.
 """
 
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,7 +126,11 @@ def train_case(case: dict) -> None:
     tensors, problems = {}, []
     if case.get("gradients"):
         first_gradients(trainer, tensors, problems)
+    if case.get("moments"):
+        collect_moments(trainer, "first", tensors, problems)
     trainer.train()
+    if case.get("moments"):
+        collect_moments(trainer, "last", tensors, problems)
     from megatron_ttt.training.optimizer import gather_parameters
 
     gather_parameters(trainer.ddp_chunks)
@@ -180,6 +186,27 @@ def first_gradients(trainer, tensors: dict, problems: list) -> None:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather(list(bucket.grad_data.chunk(group.size())), shard, group=group)
     collect(trainer, "grad", lambda parameter: parameter.main_grad, tensors, problems)
+
+
+def collect_moments(trainer, when: str, tensors: dict, problems: list) -> None:
+    """The optimizer's moments, put together from the shards of all ranks."""
+    for key in ("exp_avg", "exp_avg_sq"):
+        collect(trainer, f"{when}/{key}", partial(whole_moment, trainer, key), tensors, problems)
+
+
+def whole_moment(trainer, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A moment of this rank's parameter, of which data-parallel ranks hold a piece each."""
+    from megatron.core import parallel_state
+
+    whole = torch.zeros(parameter.numel())
+    for optimizer in trainer.optimizer.chained_optimizers:
+        if parameter in optimizer.model_param_group_index_map:
+            group, order = optimizer.model_param_group_index_map[parameter]
+            shard = optimizer.optimizer.param_groups[group]["params"][order]
+            piece = optimizer._get_model_param_range_map(parameter)["param"]
+            whole[piece.start : piece.end] = optimizer.optimizer.state[shard][key].flatten()
+    dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
+    return whole.view(parameter.shape)
 
 
 def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> None:

@@ -35,7 +35,7 @@ class StopRequests:
         if not self._signal:
             self._signal, self._received = number, now
 
-    def reason(self, device, exit_after_minutes: float | None) -> str | None:
+    def reason(self, device, exit_after_minutes: float | None = None) -> str | None:
         """Why all ranks should stop now, in words; None to go on. Collective."""
         import torch
         import torch.distributed as dist
