@@ -86,7 +86,7 @@ def test_sharded_layer_norm_is_layer_norm(core):
 
 
 def test_rope_turns_pairs_by_their_place_in_the_mini_batch():
-    from megatron_ttt.layers.rope import mini_batch_angles, rotate_pairs
+    from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
 
     x = torch.randn(3, 40, 8, dtype=torch.float64)
     angles = mini_batch_angles(40, 16, 8, 10000.0, like=x)

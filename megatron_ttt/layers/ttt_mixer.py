@@ -28,8 +28,8 @@ from megatron_ttt.config import ModelConfig
 from megatron_ttt.layers.conv import CausalConv
 from megatron_ttt.layers.norm import PostNorm
 from megatron_ttt.layers.parameters import new_parameter, normal, ones, zeros
-from megatron_ttt.layers.rope import mini_batch_angles, rotate_pairs
 from megatron_ttt.ops import ttt_scan
+from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
 
 MLP_EXPANSION = 4
 """Width of TTT-MLP's inner hidden layer over head_dim."""
