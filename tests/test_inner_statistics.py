@@ -1,8 +1,11 @@
 """The inner loop's statistics: the official JAX trainer's, at every layout, and as defined."""
 
+import json
+import sys
+
 import pytest
 import torch
-from harness import Job, read_golden, relative, section
+from harness import Job, read_golden, relative, run, section
 
 from megatron_ttt.ops import ttt_scan
 from megatron_ttt.ops.statistics import inner_statistics
@@ -40,6 +43,22 @@ def test_matches_the_official_trainer(job, name, layout):
     for field, values in job.tensors(f"{name}-one").items():
         assert torch.allclose(ours[field], values, rtol=1e-5, atol=1e-7), field
     assert (ours["finite"] == 1).all()
+
+
+def test_the_table_of_a_checkpoint(job):
+    name = "jax_linear_mamba"
+    command = [sys.executable, "tools/evaluate.py", "--inner-loop", "run.device=cpu"]
+    command += ["--checkpoint", job.folder / f"{name}.checkpoint", "--dtype", "float32"]
+    *_, header, first, second, figures = run(
+        [*command, "--input-ids", job.folder / f"{name}-one.npy"]
+    ).splitlines()
+    assert header.startswith("layer") and first.split()[0] == "1" and second.split()[0] == "2"
+    statistics, figures = job.tensors(f"{name}-one"), json.loads(figures)
+    for field, values in statistics.items():
+        for layer, value in enumerate(values, start=1):
+            seen = figures[f"inner/layer_{layer:02d}/{field}"]
+            assert seen == pytest.approx(value.mean().item(), rel=1e-4), (field, layer)
+    assert f"{figures['inner/layer_02/loss_after']:.4g}" in second
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

@@ -4,6 +4,7 @@
     tools/evaluate.py --checkpoint runs/NAME/checkpoint-STEP [key.path=value ...]
     tools/evaluate.py --hf HF_DIR data.validation=PREFIX --json out.json --plot by_position.png
     tools/evaluate.py --checkpoint DIR --input-ids ids.npy --save-logits logits.npy
+    tools/evaluate.py --checkpoint DIR --inner-loop   (the health of every TTT layer, as a table)
 
 Also under torchrun, at any layout (`parallel.tensor_model_parallel_size=2`, ...). The last line of
 stdout is one JSON object; the losses by position are in --json's file.
@@ -36,12 +37,20 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help=".safetensors to write: gradients of the mean next-token cross-entropy",
     )
+    parser.add_argument(
+        "--inner-loop",
+        action="store_true",
+        help="print each TTT layer's inner losses, learning rates and state, on --input-ids or the "
+        "first validation batch",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
     if (arguments.save_logits or arguments.save_gradients) and not arguments.input_ids:
         raise UserError("--save-logits and --save-gradients need --input-ids")
     if (arguments.json or arguments.plot) and arguments.input_ids:
         raise UserError("--json and --plot are of the validation loss, not of --input-ids")
+    if arguments.inner_loop and arguments.hf:
+        raise UserError("--inner-loop looks into a --checkpoint: import the directory first")
     return arguments
 
 
@@ -64,7 +73,9 @@ def main() -> None:
         evaluator = evaluation.OfficialEvaluator(arguments.hf, platform, dtype)
     else:
         evaluator = evaluation.Evaluator(config, platform, arguments.checkpoint, dtype)
-    if arguments.input_ids is None:
+    if arguments.inner_loop:
+        print_inner_loop(arguments, evaluator, config)
+    elif arguments.input_ids is None:
         result = evaluation.measure(evaluator, config)
         if dist.get_rank() == 0:
             write_result(arguments, result)
@@ -72,6 +83,28 @@ def main() -> None:
         write_outputs(arguments, evaluator, config.model.vocab_size)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def print_inner_loop(arguments: argparse.Namespace, evaluator, config) -> None:
+    """The table of every layer; its figures by name are the last line."""
+    import torch.distributed as dist
+
+    from megatron_ttt.data.batches import open_data
+    from megatron_ttt.evaluation import read_input_ids
+    from megatron_ttt.training.inner_loop import inner_figures, inner_table, observe_inner_loop
+
+    if not config.model.is_ttt:
+        raise UserError(f"{arguments.checkpoint} is of model.layer=attention: no inner loop")
+    if arguments.input_ids:
+        ids = read_input_ids(arguments.input_ids, config.model.vocab_size)
+    elif batches := open_data(config, train=False).validation_batches():
+        ids = batches[0][:, :-1]
+    else:
+        raise UserError("data.validation is not set: name what to look at, or give --input-ids")
+    seen = observe_inner_loop(evaluator.chunks, lambda: evaluator.logits(ids))
+    if dist.get_rank() == 0:
+        print(inner_table(seen))
+        print(json.dumps(inner_figures(seen)))
 
 
 def write_result(arguments: argparse.Namespace, result: dict) -> None:
