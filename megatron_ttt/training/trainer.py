@@ -39,6 +39,7 @@ from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
+from megatron_ttt.training.lost import Whereabouts
 from megatron_ttt.training.metrics import MetricsLog, say
 from megatron_ttt.training.optimizer import (
     build_optimizer,
@@ -80,10 +81,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, platform: platforms.Platform, stop: StopRequests | None = None
+        self,
+        config: Config,
+        platform: platforms.Platform,
+        stop: StopRequests | None = None,
+        at: Whereabouts | None = None,
     ):
-        """stop: what can end the run early; None: nothing does."""
+        """stop: what can end the run early; None: nothing does. at: kept up to date."""
         self.config, self.platform, self.stop = config, platform, stop
+        self.at = at or Whereabouts()
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
@@ -181,6 +187,7 @@ class Trainer:
             # A signal during start-up: there is nothing new to save.
             reason = self.stop.reason(self.platform.device)
         while self.step < last and reason is None:
+            self.at.step, self.at.doing = self.step + 1, "training"
             started = time.perf_counter()
             microbatches = next(batches)
             waited = time.perf_counter() - started
@@ -279,6 +286,7 @@ class Trainer:
         microbatches = self.data.validation_batches()
         if not microbatches:
             return None
+        self.at.doing = "validating"
         self._mode(training=False)
         set_inner_lr_scale(self.chunks, 1.0)
         loss = self._run(microbatches, forward_only=True)
@@ -290,6 +298,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
+        self.at.doing = "saving"
         gather_parameters(self.ddp_chunks)
         path = self.run_dir / checkpoint_name(self.step)
         state = {
