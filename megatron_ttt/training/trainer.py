@@ -33,7 +33,8 @@ from megatron_ttt.checkpoint.store import (
 )
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
-from megatron_ttt.data.batches import open_data
+from megatron_ttt.data.batches import data_files, open_data
+from megatron_ttt.data.identity import check_unchanged, fingerprints
 from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
@@ -116,7 +117,9 @@ class Trainer:
     def _find_checkpoint(self) -> Checkpoint | None:
         """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
         found = [None]
+        self.data_fingerprints = {}
         if self.is_first_rank:
+            self.data_fingerprints = fingerprints(data_files(self.config))
             remove_leftovers(self.run_dir)
             found = [self._choose_checkpoint()]
         dist.broadcast_object_list(found)
@@ -140,6 +143,8 @@ class Trainer:
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"])
             self._check_data_position(checkpoint)
+            if checkpoint.path.resolve().parent == self.run_dir.resolve():
+                check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
         return checkpoint
 
     def _check_data_position(self, checkpoint: Checkpoint) -> None:
@@ -307,6 +312,7 @@ class Trainer:
             "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
+            "data": self.data_fingerprints,  # rank 0's, which writes this
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
