@@ -55,11 +55,14 @@ def main() -> int:
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
+    from megatron_ttt.training.lost import Whereabouts, naming_lost_ranks
     from megatron_ttt.training.trainer import Trainer, start
 
-    platform = start(config)
-    stopped = Trainer(config, platform, stop).train()
-    dist.barrier()
+    at = Whereabouts()
+    with naming_lost_ranks(at):
+        platform = start(config)
+        stopped = Trainer(config, platform, stop, at).train()
+        dist.barrier()
     dist.destroy_process_group()
     return EXIT_STOPPED if stopped else 0
 

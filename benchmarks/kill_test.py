@@ -102,11 +102,13 @@ class Run:
         return not self.left.issuperset(self.folder.glob(".incomplete-*"))
 
     def wait_for_moment(self, launcher, in_save: bool, seconds: float, chance) -> bool:
-        """Wait for a save to begin, or so many seconds; False if the run ends first."""
-        end = time.monotonic() + seconds
+        """Wait for one of the next saves to begin, or so many seconds; False if the run ends
+        first."""
+        end, begun, awaited = time.monotonic() + seconds, set(), chance.randint(1, 4)
         while launcher.poll() is None:
-            if self.saving() if in_save else time.monotonic() > end:
-                time.sleep(chance.uniform(0, 0.3) if in_save else 0)
+            begun |= set(self.folder.glob(".incomplete-*")) - self.left
+            if len(begun) == awaited if in_save else time.monotonic() > end:
+                time.sleep(chance.uniform(0, 0.4) if in_save else 0)
                 return True
             time.sleep(0.001)
         return False

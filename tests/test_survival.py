@@ -235,3 +235,21 @@ def test_a_spike_is_said_once_it_is_one():
     assert quiet == [None] * 300
     assert "loss=5 is a spike: it was 3.0" in watch.see(5.0)
     assert watch.see(float("nan")) is None
+
+
+def test_changed_data_is_refused(recipe, whole, tmp_path):
+    run_dir, tokens = tmp_path / "run", tmp_path / "tokens.npy"
+    shutil.copy(recipe[0].partition("=")[2], tokens)
+    command = [sys.executable, *COMMAND, *recipe, f"data.fixed_batches={tokens}"]
+    command += [f"run.dir={run_dir}"]
+    run([*command, "training.exit_step=1"])
+    content = bytearray(tokens.read_bytes())
+    content[-1] ^= 1
+    tokens.write_bytes(content)
+    output = run(command, expect=2)
+    assert output.endswith("another run.dir to start anew\n") and output.count("\n") == 1
+    assert f"{tokens} has changed since this run began" in output
+    content[-1] ^= 1
+    tokens.write_bytes(content)
+    run(command)
+    assert losses(run_dir) == losses(whole)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from megatron_ttt.config import Config
 from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
-from megatron_ttt.data.indexed import check_indexed
+from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
 from megatron_ttt.data.sampling import TokenLoader
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
 from megatron_ttt.errors import UserError
@@ -83,6 +83,16 @@ def open_data(config: Config, *, train: bool = True) -> Data:
     if train and data.fixed_batches:
         train_set = _fixed_batches(config)
     return Data(config, train_set, validation_set, _masked_id(config, tokenizer))
+
+
+def data_files(config: Config) -> list[Path]:
+    """The files that decide what a run trains and validates on."""
+    data = config.data
+    files = [Path(path) for path in (data.fixed_batches, data.tokenizer_model) if path]
+    for blend in filter(None, (_blend(data.train), _blend(data.validation))):
+        for prefix in parse_blend(blend)[0]:
+            files += [bin_path(prefix), idx_path(prefix)]
+    return files
 
 
 def _fixed_batches(config: Config) -> FixedBatches:

@@ -34,12 +34,14 @@ from megatron_ttt.checkpoint.store import (
 )
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
-from megatron_ttt.data.batches import open_data
+from megatron_ttt.data.batches import data_files, open_data
+from megatron_ttt.data.identity import check_unchanged, fingerprints
 from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.loggers import check_loggers, say
+from megatron_ttt.training.lost import Whereabouts
 from megatron_ttt.training.metrics import MetricsLog
 from megatron_ttt.training.optimizer import (
     build_optimizer,
@@ -82,10 +84,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, platform: platforms.Platform, stop: StopRequests | None = None
+        self,
+        config: Config,
+        platform: platforms.Platform,
+        stop: StopRequests | None = None,
+        at: Whereabouts | None = None,
     ):
-        """stop: what can end the run early; None: nothing does."""
+        """stop: what can end the run early; None: nothing does. at: kept up to date."""
         self.config, self.platform, self.stop = config, platform, stop
+        self.at = at or Whereabouts()
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
@@ -113,7 +120,9 @@ class Trainer:
     def _find_checkpoint(self) -> Checkpoint | None:
         """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
         found = [None]
+        self.data_fingerprints = {}
         if self.is_first_rank:
+            self.data_fingerprints = fingerprints(data_files(self.config))
             remove_leftovers(self.run_dir)
             found = [self._choose_checkpoint()]
         dist.broadcast_object_list(found)
@@ -137,6 +146,8 @@ class Trainer:
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"])
             self._check_data_position(checkpoint)
+            if checkpoint.path.resolve().parent == self.run_dir.resolve():
+                check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
         return checkpoint
 
     def _check_data_position(self, checkpoint: Checkpoint) -> None:
@@ -194,6 +205,7 @@ class Trainer:
             # A signal during start-up: there is nothing new to save.
             reason = self.stop.reason(self.platform.device)
         while self.step < last and reason is None:
+            self.at.step, self.at.doing = self.step + 1, "training"
             started = time.perf_counter()
             microbatches = next(batches)
             waited = time.perf_counter() - started
@@ -268,6 +280,7 @@ class Trainer:
         microbatches = self.data.validation_batches()
         if not microbatches:
             return None
+        self.at.doing = "validating"
         set_inner_lr_scale(self.chunks, 1.0)
         loss = self._run_forward(microbatches)
         self.last_validation = self.step, loss
@@ -277,6 +290,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
+        self.at.doing = "saving"
         gather_parameters(self.ddp_chunks)
         path = self.run_dir / checkpoint_name(self.step)
         state = {
@@ -285,6 +299,7 @@ class Trainer:
             "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
+            "data": self.data_fingerprints,  # rank 0's, which writes this
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
