@@ -28,20 +28,8 @@ OTHER_STYLES = [
     {"user_defined_symbols": ["inner model"]},
 ]
 ATOMS = ["a", "the", "model", " ", " ", " ", "  ", "    ", "\u2581", "\u2581\u2581", "\n", "\t"]
-ATOMS += [
-    "\u00a0",
-    "\u3000",
-    "\u0301",
-    "\u200b",
-    "é",
-    "北京",
-    "🤦🏽‍♂️",
-    "\x00",
-    "</s>",
-    "<0x41>",
-    "<sep>",
-]
-ATOMS += ["2024", "x" * 40, "☃", "learns."]
+ATOMS += ["\u00a0", "\u3000", "\u0301", "\u200b", "é", "北京", "🤦🏽‍♂️", "\x00", "</s>", "<0x41>"]
+ATOMS += ["<sep>", "2024", "x" * 40, "☃", "learns."]
 
 
 def strange_texts(count: int, seed: int) -> list[str]:
@@ -85,7 +73,7 @@ def test_the_ids_are_those_of_the_real_32k_model():
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert is_wordwise(model.read_bytes(), processor)
-    texts = strange_texts(4000, seed=10) + [Path(__file__).read_text(), wordwise.__doc__]
+    texts = [*strange_texts(4000, seed=10), Path(__file__).read_text(), wordwise.__doc__]
     assert differences(processor, texts) == 0
 
 
