@@ -37,6 +37,7 @@ heeds_usr1() {
     ((0x${caught:-0} & 1 << (10 - 1)))
 }
 
+# "return 0": a bare return in a trap returns what the signal interrupted, and that ends the script.
 # shellcheck disable=SC2329 # the traps call it
 stop() {
     local file pid alive=1
@@ -48,14 +49,14 @@ stop() {
             for file in "$WORKERS"/*.pid; do
                 pid=$(<"$file")
                 if heeds_usr1 "$pid"; then
-                    kill -USR1 "$pid" && return
+                    kill -USR1 "$pid" && return 0
                 fi
                 if kill -0 "$pid" 2>/dev/null; then alive=1; fi
             done
             sleep 0.2
         done
     elif ((SECONDS - stopping_since < 3)); then
-        return  # the same signal, by another way
+        return 0 # the same signal, by another way
     fi
     # Nothing to save, or a second signal.
     stopped=1
