@@ -21,17 +21,17 @@ from harness import ROOT, environment
 STEPS = 24
 
 
-def tiny_overrides(folder: Path, steps: int = STEPS) -> list[str]:
+def tiny_overrides(folder: Path, steps: int = STEPS, seq_length: int = 32) -> list[str]:
     """Overrides of any recipe that make it a run of seconds on the CPU."""
     tokens = folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(2, 96, (steps, 4, 33)))
+    np.save(tokens, np.random.default_rng(0).integers(2, 96, (steps, 4, seq_length + 1)))
     return [
         f"data.fixed_batches={tokens}",
         "data.train=[]",
         "data.validation=[]",
         "data.tokenizer_model=null",
         f"training.steps={steps}",
-        "training.seq_length=32",
+        f"training.seq_length={seq_length}",
         "training.global_batch_size=4",
         "training.micro_batch_size=1",
         "training.precision=fp32",

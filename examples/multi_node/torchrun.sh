@@ -17,6 +17,54 @@
 # 75 stopped on purpose, give the same command again; 2 and 3 as docs/checkpoints.md has them;
 # another: what failed failed more than MAX_RESTARTS times.
 
+set -euo pipefail
+
+# What worker.sh leaves for this script: process ids, and the exit code that ends the job.
+WORKERS=$(mktemp -d)
+export WORKERS
+trap 'rm -rf "$WORKERS"' EXIT
+
+# torchrun would give its processes 30 seconds to save. A signal goes to one of them instead, which
+# lets the others know, and torchrun, in a session of its own and deaf to USR1, sees all leave.
+stopped=
+stopping_since=
+torchrun=
+
+# shellcheck disable=SC2329 # stop calls it
+heeds_usr1() {
+    local caught
+    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null)
+    ((0x${caught:-0} & 1 << (10 - 1)))
+}
+
+# "return 0": a bare return in a trap returns what the signal interrupted, and that ends the script.
+# shellcheck disable=SC2329 # the traps call it
+stop() {
+    local file pid alive=1
+    if [ -z "$stopping_since" ]; then
+        stopping_since=$SECONDS
+        # A process that has only just begun does not heed the signal yet.
+        while [ -n "$alive" ]; do
+            alive=
+            for file in "$WORKERS"/*.pid; do
+                pid=$(<"$file")
+                if heeds_usr1 "$pid"; then
+                    kill -USR1 "$pid" && return 0
+                fi
+                if kill -0 "$pid" 2>/dev/null; then alive=1; fi
+            done
+            sleep 0.2
+        done
+    elif ((SECONDS - stopping_since < 3)); then
+        return 0 # the same signal, by another way
+    fi
+    # Nothing to save, or a second signal.
+    stopped=1
+    [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null || true
+}
+shopt -s nullglob
+trap stop TERM INT USR1
+
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/../common.sh"
 
@@ -35,11 +83,6 @@ if "$PYTHON" -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' \
     rdzv_conf=is_host=true${rdzv_conf:+,$rdzv_conf}
 fi
 
-# What worker.sh leaves for this script: process ids, and the exit code that ends the job.
-WORKERS=$(mktemp -d)
-export WORKERS
-trap 'rm -rf "$WORKERS"' EXIT
-
 launch=(
     "$PYTHON" -m torch.distributed.run
     --nnodes "$nnodes" --nproc-per-node "$gpus" --max-restarts "$max_restarts"
@@ -48,26 +91,6 @@ launch=(
     ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
     --no-python examples/multi_node/worker.sh
 )
-
-# torchrun would give its processes 30 seconds to save. They get the signal from here instead, and
-# torchrun, in a session of its own and deaf to USR1, sees them leave.
-stopped=
-torchrun=
-# shellcheck disable=SC2329 # the traps call it
-stop() {
-    local file signalled=
-    for file in "$WORKERS"/*.pid; do
-        # Each worker leads a process group.
-        if kill -USR1 -- "-$(<"$file")" 2>/dev/null; then signalled=1; fi
-    done
-    if [ -z "$signalled" ]; then
-        stopped=1
-        [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null || true
-    fi
-}
-
-shopt -s nullglob
-trap stop TERM INT USR1
 
 # A torchrun ends with the node that RDZV_ENDPOINT names: the others start theirs again.
 for ((attempt = 0; attempt <= max_restarts; attempt++)); do

@@ -6,12 +6,13 @@ set -uo pipefail
 
 final=$WORKERS/exit_code
 [ ! -s "$final" ] || exit "$(<"$final")"
-echo $$ >"$WORKERS/${LOCAL_RANK:-0}.pid"
 
-# The signals reach the training process too; this one waits for it.
+# torchrun's signals reach the training process too; this one waits for it.
 trap : TERM INT USR1
-"$PYTHON" pretrain_ttt.py "$@"
-code=$?
+"$PYTHON" pretrain_ttt.py "$@" &
+training=$!
+echo "$training" >"$WORKERS/${LOCAL_RANK:-0}.pid"
+while code=0 && wait "$training" || code=$?; kill -0 "$training" 2>/dev/null; do :; done
 case $code in
     75) echo 75 >"$final" && exit 0 ;;
     2 | 3) echo "$code" >"$final" ;;

@@ -40,12 +40,12 @@ def own_index(nodes: list[str]) -> int:
     """Which of the nodes this one is: the first whose address can be bound here."""
     for index, node in enumerate(nodes):
         try:
-            socket.create_server((node, 0)).close()
+            address = socket.gethostbyname(node)
         except socket.gaierror:
             raise UserError(f"--nodes: {node!r} is no host name or address known here") from None
-        except OSError:
-            continue
-        return index
+        with contextlib.suppress(OSError):
+            socket.create_server((address, 0)).close()
+            return index
     raise UserError(f"--nodes: none of {', '.join(nodes)} is an address of this machine")
 
 
