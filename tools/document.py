@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """What the documentation takes from the code.
 
-    python tools/document.py            # write docs/configuration.md
-    python tools/document.py --missing  # list the error messages that docs/troubleshooting.md lacks,
-                                        # and those it has that the program no longer prints
+    python tools/document.py
+
+lists the error messages that docs/troubleshooting.md lacks, and those it has that the program no longer
+prints. As a hook of mkdocs.yml this file makes the configuration reference from config.py, turns the
+formulas of docs/mathematics.md into MathML, which browsers show by themselves, and unlinks what is not
+among the pages.
 """
 
 from __future__ import annotations
@@ -14,12 +17,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CONFIGURATION = ROOT / "docs/configuration.md"
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 ERRORS = ("UserError", "TrainingError", "ShardError")
 INTRODUCTION = """# Configuration reference
-
-<!-- Written by tools/document.py from megatron_ttt/config.py: change it there. -->
 
 A recipe is a YAML file of these sections. On the command line a key is `section.key=value`; a later
 `--config` lies over an earlier one, and overrides over all. `--print-config` prints the result.
@@ -28,23 +28,49 @@ A recipe is a YAML file of these sections. On the command line a key is `section
 
 
 def main() -> None:
-    """Write the reference, or compare the messages."""
+    """Compare the messages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--missing", action="store_true")
-    if not parser.parse_args().missing:
-        CONFIGURATION.write_text(configuration_page())
-        return
-    printed, listed = set(error_messages()), set(listed_messages())
-    for message in sorted(printed - listed):
+    parser.parse_args()
+    missing, stale = message_differences()
+    for message in missing:
         print(f"missing: - `{message}`")
-    for message in sorted(listed - printed):
+    for message in stale:
         print(f"no longer printed: - `{message}`")
 
 
+def on_files(files, config):
+    """mkdocs: add the page that is made from the code."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "configuration.md", content=configuration_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """mkdocs: formulas as MathML; links out of docs/ as plain text."""
+    if page.file.src_uri == "mathematics.md":
+        markdown = re.sub(
+            r"^```math\n(.*?)\n```$",
+            lambda formula: _mathml(formula[1], display="block"),
+            markdown,
+            flags=re.DOTALL | re.MULTILINE,
+        )
+        markdown = re.sub(
+            r"\$([^$]+)\$", lambda formula: _mathml(formula[1], display="inline"), markdown
+        )
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
+
+
+def _mathml(formula: str, display: str) -> str:
+    from latex2mathml.converter import convert
+
+    return convert(" ".join(formula.split()), display=display)
+
+
 def configuration_page() -> str:
-    """docs/configuration.md, made from the fields' types, defaults and docstrings."""
+    """The configuration reference, made from the fields' types, defaults and docstrings."""
     tree = ast.parse((ROOT / "megatron_ttt/config.py").read_text())
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [INTRODUCTION]
@@ -123,6 +149,12 @@ def template(node: ast.expr) -> str | None:
     else:
         return None
     return text if re.search(r"\w", text) else None
+
+
+def message_differences() -> tuple[list[str], list[str]]:
+    """Messages that the page lacks, and those it has that are no longer printed."""
+    printed, listed = set(error_messages()), set(listed_messages())
+    return sorted(printed - listed), sorted(listed - printed)
 
 
 def listed_messages() -> list[str]:
