@@ -169,3 +169,9 @@ def test_the_pages_build_without_a_warning_or_a_network(tmp_path):
     mathematics = (tmp_path / "site/mathematics/index.html").read_text()
     assert "<math" in mathematics and "$" not in re.sub(r"<[^>]+>", "", mathematics.split("<article")[1])
     assert "sequence_parallel" in (tmp_path / "site/configuration/index.html").read_text()
+
+
+def test_the_pictures_script_draws(workplace):
+    run(["python", "tools/draw_explanation.py", "--steps", "2", "--output", "images"], workplace)
+    for name in ("loss_by_position.svg", "inner_loss.svg", "explanation.json"):
+        assert (workplace / "images" / name).stat().st_size > 1000
