@@ -88,7 +88,9 @@ def run(words: list[str], folder: Path) -> None:
     program, *arguments = words
     if program == "torchrun":
         program, arguments = "python", ["-m", "torch.distributed.run", *arguments]
-    assert program == "python", f"mark {shlex.join(words)!r} as not run, or teach the test to run it"
+    assert program == "python", (
+        f"mark {shlex.join(words)!r} as not run, or teach the test to run it"
+    )
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -167,7 +169,9 @@ def test_the_pages_build_without_a_warning_or_a_network(tmp_path):
     for page in (tmp_path / "site").rglob("*.html"):
         assert not fetched.search(page.read_text()), page
     mathematics = (tmp_path / "site/mathematics/index.html").read_text()
-    assert "<math" in mathematics and "$" not in re.sub(r"<[^>]+>", "", mathematics.split("<article")[1])
+    assert "<math" in mathematics and "$" not in re.sub(
+        r"<[^>]+>", "", mathematics.split("<article")[1]
+    )
     assert "sequence_parallel" in (tmp_path / "site/configuration/index.html").read_text()
 
 

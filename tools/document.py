@@ -3,10 +3,10 @@
 
     python tools/document.py
 
-lists the error messages that docs/troubleshooting.md lacks, and those it has that the program no longer
-prints. As a hook of mkdocs.yml this file makes the configuration reference from config.py, turns the
-formulas of docs/mathematics.md into MathML, which browsers show by themselves, and unlinks what is not
-among the pages.
+lists the error messages that docs/troubleshooting.md lacks, and those it has that the program no
+longer prints. As a hook of mkdocs.yml this file makes the configuration reference from config.py,
+turns the formulas of docs/mathematics.md into MathML, which browsers show by themselves, and
+unlinks what is not among the pages.
 """
 
 from __future__ import annotations

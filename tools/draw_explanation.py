@@ -53,7 +53,11 @@ def train(layer: str, steps: int) -> None:
         *("pretrain_ttt.py", "--config", RECIPE, f"model.layer={layer}"),
         *(f"run.dir={RUNS / layer}", f"training.steps={steps}", "checkpoint.export_final=false"),
         *("parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"),
-        *("training.micro_batch_size=4", "training.global_batch_size=4", f"checkpoint.save_every={steps}"),
+        *(
+            "training.micro_batch_size=4",
+            "training.global_batch_size=4",
+            f"checkpoint.save_every={steps}",
+        ),
     )
 
 
