@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Rank the layouts of a recipe on a number of GPUs by their estimated step time.
 
-    python tools/sweep_layouts.py --config yaml_recipes/ttt_mlp_1b.yaml --world-size 64 --gpu H100 \\
-        --mfu 0.4 [--memory 70] [--top 10] [--json layouts.json] [key.path=value ...]
+    python tools/sweep_layouts.py --config yaml_recipes/ttt_mlp_1b.yaml --world-size 64 \\
+        --gpu H100 --mfu 0.4 [--memory 70] [--top 10] [--json layouts.json] [key.path=value ...]
 
 Every valid TP x PP x DP x micro-batch size that fits the memory is in the table; what the estimates
 count is in docs/planning.md. The arguments to train with stand at the end of each line.
@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", action="append", required=True, help="recipe, overlays after it")
+    parser.add_argument(
+        "--config", action="append", required=True, help="recipe, overlays after it"
+    )
     parser.add_argument("--world-size", type=int, required=True, help="GPUs")
     parser.add_argument("--gpu", required=True, help="their name, as H100")
     parser.add_argument("--mfu", type=float, required=True, help="share of their peak, as 0.4")

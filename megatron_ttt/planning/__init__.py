@@ -1,8 +1,8 @@
 """What a configuration will cost, from arithmetic alone (docs/planning.md).
 
-`cost.py` counts parameters, FLOPs and checkpoint bytes; `memory.py` what a rank holds at its fullest
-moment; `communication.py` what it sends; `layouts.py` which layouts there are, and which are fast;
-`report.py` is `--dry-run`.
+`cost.py` counts parameters, FLOPs and checkpoint bytes; `memory.py` what a rank holds at its
+fullest moment; `communication.py` what it sends; `layouts.py` which layouts there are, and which
+are fast; `report.py` is `--dry-run`.
 """
 
 from megatron_ttt.planning.cost import (

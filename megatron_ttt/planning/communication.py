@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one optimizer step, by kind of parallelism (docs/planning.md).
 
 A ring over n ranks: gathering or scattering a tensor of b bytes sends b (n-1)/n from each rank, an
-all-reduce twice that. Not counted: masks, losses and norms, and the pre-conv's halo of three tokens.
+all-reduce twice that. Not counted: masks, losses, norms, and the pre-conv's halo of three tokens.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def parameters_of_rank(config: Config) -> tuple[int, int]:
-    """(parameters, of which float32 in a bf16 model) of a rank of the first or the last stage, which
-    both hold the embedding."""
+    """(parameters, of which float32 in a bf16 model) of a rank of the first or the last stage,
+    which both hold the embedding."""
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     counts = count_parameters(model)

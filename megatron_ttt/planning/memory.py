@@ -39,7 +39,10 @@ def memory_per_rank(config: Config, dp: int, on_cpu: bool = True) -> dict[str, f
     main_copies = 4 * (parameters - fp32) if w == 2 else 0
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
     parts = max(
-        (_activations(config, stage, microbatches, parameters, on_cpu) for stage in _stages(parallel)),
+        (
+            _activations(config, stage, microbatches, parameters, on_cpu)
+            for stage in _stages(parallel)
+        ),
         key=lambda parts: sum(parts.values()),
     )
     parts = {
