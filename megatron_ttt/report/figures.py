@@ -101,14 +101,33 @@ def draw_loss(runs: list[Run], theme: Theme) -> Figure:
     return figure
 
 
-def draw_curve(runs: list[Run], theme: Theme, key: str, label: str) -> Figure:
-    """One figure of each run against the step."""
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+def draw_learning_rate(runs: list[Run], theme: Theme) -> Figure:
+    """The outer learning rate."""
+    figure, axes = _small()
     for run, colour in _coloured(runs, theme):
-        axes.plot(*run.curve(key), color=colour, linewidth=1.8, label=run.name)
-    _finish(axes, label)
+        axes.plot(*run.curve("lr"), color=colour, linewidth=1.8, label=run.name)
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
+    return _finish_small(figure, axes, runs, "learning rate")
+
+
+def draw_throughput(runs: list[Run], theme: Theme) -> Figure:
+    """Tokens a second, smoothed over their own faint trace."""
+    figure, axes = _small()
+    for run, colour in _coloured(runs, theme):
+        steps, rates = run.curve("tokens_per_second")
+        axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(rates), color=colour, linewidth=1.8, label=run.name)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    return _finish_small(figure, axes, runs, "tokens a second")
+
+
+def _small() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish_small(figure: Figure, axes: Axes, runs: list[Run], label: str) -> Figure:
+    _finish(axes, label)
     axes.set_ylim(bottom=0)
     if len(runs) > 1:
         axes.legend(fontsize=8)
@@ -155,14 +174,14 @@ def draw_inner(run: Run, theme: Theme) -> Figure:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A running mean that is centred, over the finite values near each."""
+    """A running mean, over the finite values near each, that ends on more than the last value."""
     width = len(values) // SMOOTHING
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(len(values))
-    half = np.minimum(width // 2, np.minimum(at, len(values) - 1 - at))
-    first, last = at - half, at + half + 1
+    half = np.minimum(width // 2, at)
+    first, last = at - half, np.minimum(at + half + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
@@ -176,5 +195,5 @@ def _finish(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     axes.tick_params(length=0)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from string import Template
 
-from megatron_ttt.report.figures import THEMES, draw_curve, draw_inner, draw_loss, png
+from megatron_ttt.report.figures import (
+    THEMES,
+    draw_inner,
+    draw_learning_rate,
+    draw_loss,
+    draw_throughput,
+    png,
+)
 from megatron_ttt.report.runs import Run, differing_options, final_figures
 
 PAGE = Template("""<!doctype html>
@@ -66,11 +73,8 @@ def write_report(runs: list[Run], folder: Path) -> list[Path]:
     """Write loss.png, lr.png, throughput.png, inner*.png and report.html; return their paths."""
     figures = {
         "loss": ("Loss", partial(draw_loss, runs)),
-        "lr": ("Learning rate", partial(draw_curve, runs, key="lr", label="learning rate")),
-        "throughput": (
-            "Throughput",
-            partial(draw_curve, runs, key="tokens_per_second", label="tokens a second"),
-        ),
+        "lr": ("Learning rate", partial(draw_learning_rate, runs)),
+        "throughput": ("Throughput", partial(draw_throughput, runs)),
     }
     for number, run in enumerate(runs, start=1):
         if run.inner_layers:
@@ -125,8 +129,9 @@ def _finals(finals: dict[str, dict[str, str]]) -> str:
             if figure != "–"
         )
         return f'<div class="wide cards">{cards}</div>'
-    rows = [[html.escape(name), *figures.values()] for name, figures in finals.items()]
-    return _section("Final figures", _table(["run", *figures], rows))
+    known = [name for name in figures if any(run[name] != "–" for run in finals.values())]
+    rows = [[html.escape(run), *(finals[run][name] for name in known)] for run in finals]
+    return _section("Final figures", _table(["run", *known], rows))
 
 
 def _differences(runs: list[Run]) -> str:

@@ -32,8 +32,9 @@ class Run:
         return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
 
     def last(self, key: str) -> float | None:
-        """A figure's mean over the last steps that have it; None where it was not recorded."""
-        values = self.curve(key)[1][-LAST_STEPS:]
+        """A figure's mean over the last steps where it is a finite number; None without any."""
+        values = self.curve(key)[1]
+        values = values[np.isfinite(values)][-LAST_STEPS:]
         return float(values.mean()) if len(values) else None
 
     @property
@@ -98,11 +99,11 @@ def final_figures(run: Run) -> dict[str, str]:
     """What a run came to, in words; every run has the same rows."""
     last, seconds = run.steps[-1], run.curve("seconds")[1].sum()
     validation = run.curve("val_loss")[1]
-    mfu = run.last("mfu")
+    loss, mfu = run.last("loss"), run.last("mfu")
     return {
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
-        "loss": f"{run.last('loss'):.4f}",
+        "loss": "nan" if loss is None else f"{loss:.4f}",
         "best validation loss": f"{np.nanmin(validation):.4f}" if len(validation) else "–",
         "tokens a second": f"{np.median(run.curve('tokens_per_second')[1]):,.0f}",
         "MFU": "–" if mfu is None else f"{mfu:.1%}",
