@@ -18,7 +18,6 @@ Names are the official ones.
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -35,17 +34,12 @@ def main() -> None:
 
     A child takes its process groups and models with it when it ends; in one process they pile up,
     hundreds of gloo threads that wake up a hundred times a second. What all cases share, the
-    imports and the process that collects writers' results, is made once, before.
+    imports, is made once, before.
     """
     torch.set_num_threads(1)
     import megatron_ttt.evaluation
     import megatron_ttt.training.trainer  # noqa: F401
 
-    filesystem_async = importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )
-    for name in ("get_write_results_queue", "_get_write_results_queue"):
-        getattr(filesystem_async, name, lambda: None)()
     for number in range(len(json.loads(Path(sys.argv[1]).read_text()))):
         child = multiprocessing.get_context("fork").Process(target=run_case, args=(number,))
         child.start()

@@ -31,7 +31,7 @@ from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durab
 from megatron_ttt.checkpoint.state import checkpoint_tree
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
 from megatron_ttt.errors import UserError
-from megatron_ttt.platform.compat import guard_common_state, mcore_save_options
+from megatron_ttt.platform.compat import guard_common_state, mcore_save_options, use_results_file
 
 
 class CheckpointWriter:
@@ -52,6 +52,7 @@ class CheckpointWriter:
         self.failure: str | None = None
         self._failed = failed or _refuse
         self._calls = AsyncCallsQueue(persistent=False)
+        use_results_file()
         self._path = self._temporary = Path()
 
     def save(
