@@ -27,7 +27,7 @@ LIBRARIES = 40 * 2**20
 """Code and caches that the first step brings in on the CPU."""
 
 
-def memory_per_rank(config: Config, dp: int, on_cpu: bool = True) -> dict[str, float]:
+def memory_per_rank(config: Config, dp: int, *, on_cpu: bool) -> dict[str, float]:
     """GiB of the fullest rank, by what they are for; their sum is the peak.
 
     dp: the data-parallel size. on_cpu: resident memory of a process on the CPU, else what PyTorch
