@@ -100,7 +100,9 @@ class Trainer:
         self.writer = CheckpointWriter(asynchronous=config.checkpoint.asynchronous)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
-        self.watch = RunWatch(config, self.chunks, self.ddp_chunks, self._run_forward)
+        self.watch = RunWatch(
+            config, self.chunks, self.ddp_chunks, self.optimizer, self._run_forward
+        )
         if self.resume_from is not None:
             self._resume()
 
@@ -152,6 +154,7 @@ class Trainer:
         checkpoint = self.resume_from
         if checkpoint.state["has_optimizer"]:
             load_checkpoint(checkpoint, self.config, self.chunks, self.optimizer)
+            self.watch.check_loaded(checkpoint)
             self.step = checkpoint.step
             self.skipped_steps = checkpoint.state.get("skipped_steps", 0)
         else:
@@ -265,6 +268,7 @@ class Trainer:
             "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
+            "optimizer_checksums": self.watch.optimizer_checksums(self.step),
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
