@@ -4,7 +4,7 @@
     torchrun --nproc-per-node N pretrain_ttt.py --config yaml_recipes/NAME.yaml [key.path=value ...]
 
 Without torchrun it is a job of one process. `--print-config` shows the resolved configuration,
-`--dry-run` what it would cost; neither starts anything.
+`--dry-run` what it would cost (docs/planning.md); neither starts anything.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, help="processes to plan for (default: the recipe's TP x PP)"
     )
+    parser.add_argument("--gpu", help="device to plan for, as H100: says what fits it")
+    parser.add_argument("--mfu", type=float, help="with --gpu: share of its peak, for the time")
+    parser.add_argument("--memory", type=float, help="with --gpu: GiB of it to fill (default: all)")
     return parser.parse_intermixed_args()
 
 
@@ -45,7 +48,13 @@ def main() -> int:
     if arguments.dry_run:
         from megatron_ttt.planning import describe, dry_run
 
-        plan = dry_run(config, arguments.world_size)
+        plan = dry_run(
+            config,
+            arguments.world_size,
+            gpu=arguments.gpu,
+            mfu=arguments.mfu,
+            memory_gib=arguments.memory,
+        )
         print(describe(config, plan))
         print(json.dumps(plan))
         return 0
@@ -55,11 +64,14 @@ def main() -> int:
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
+    from megatron_ttt.training.lost import Whereabouts, naming_lost_ranks
     from megatron_ttt.training.trainer import Trainer, start
 
-    platform = start(config)
-    stopped = Trainer(config, platform, stop).train()
-    dist.barrier()
+    at = Whereabouts()
+    with naming_lost_ranks(at):
+        platform = start(config)
+        stopped = Trainer(config, platform, stop, at).train()
+        dist.barrier()
     dist.destroy_process_group()
     return EXIT_STOPPED if stopped else 0
 

@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Check and time the Triton kernels on one GPU, within 8 minutes and offline.
+"""Test, time and profile the Triton kernels on one GPU, within 8 minutes and offline.
 
     python benchmarks/kernels.py [--quick] [--minutes 8] [--output FILE.json]
 
-Of the scan, forward and forward + backward, for the four models' heads at 2k, 8k and 32k tokens:
-the kernels, the fast PyTorch form, the naive one, and causal scaled_dot_product_attention of the
-same shape; flash-linear-attention's chunk_ttt_linear, gated delta rule and Mamba-2's scan where
-they can be imported. Bytes and FLOPs a second stand beside two ceilings measured in the same run, a
-device copy and a large matrix product. Before anything is timed the kernels are held to the naive
-form in float64. What is over time is left out and listed.
+In this order, what is over time being left out and listed:
 
-Without a GPU: one line and exit code 2. --quick takes a tiny shape, and with TRITON_INTERPRET=1
+- the kernels' tests (pytest), compiled; and the scan held to the naive form in float64;
+- two ceilings, a device copy and a large matrix product;
+- the kernels round the scan beside plain PyTorch;
+- training steps of the recipes, where megatron-core can be imported: tokens/s and MFU, TTT beside
+  Transformer at 2k, 8k and 32k tokens, and the slowest kernels of each;
+- the scan, forward and forward + backward, for the four models' heads at 2k, 8k and 32k tokens: the
+  kernels, the fast PyTorch form, the naive one, and causal scaled_dot_product_attention of the same
+  shape; flash-linear-attention's chunk_ttt_linear, gated delta rule and Mamba-2's scan where they
+  can be imported. Bytes and FLOPs a second stand beside the ceilings.
+
+Without a GPU: one line and exit code 2. --quick takes tiny shapes, and with TRITON_INTERPRET=1
 also runs, for the tests, on a CPU.
 """
 
@@ -19,21 +24,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
 import sys
 import time
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from kernel_forms import MINI_BATCH, around_forms, other_forms, scan_flops
+
 from megatron_ttt.ops import ttt_scan
+
+ROOT = Path(__file__).parent.parent
 
 MODELS = {"125m": (12, 64), "350m": (16, 64), "760m": (16, 96), "1b": (32, 64)}  # heads, head_dim
 LENGTHS = (2048, 8192, 32768)
-MINI_BATCH, BASE_LR = 16, {"linear": 1.0, "mlp": 0.1}
+BASE_LR = {"linear": 1.0, "mlp": 0.1}
 FILL = 384  # batch x heads at 2048 tokens
+SHARE_OF_TESTS, SHARE_OF_STEPS = 0.4, 0.75  # of the minutes, when each is over at the latest
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -61,15 +73,19 @@ class Benchmark:
         default = f"benchmarks/results/{self.name.lower().replace(' ', '_')}.json"
         self.output = arguments.output or Path(default)
         self.started = time.monotonic()
-        self.ends = self.started + 60 * arguments.minutes
+        self.seconds_in_all = 60 * arguments.minutes
+        self.ends = self.started + self.seconds_in_all
         self.records: list[dict] = []
         self.left_out: list[str] = []
 
     def run(self) -> None:
+        tests = self.tests()
         checked = [self.check(kind, dtype) for kind in ("linear", "mlp") for dtype in BOUNDS]
         ceilings = self.ceilings()
         print(f"{self.name}: copy {ceilings['bytes_per_s'] / 1e9:.1f} GB/s, "
               f"matrix product {ceilings['flops_per_s'] / 1e12:.2f} TFLOP/s")  # fmt: skip
+        around = self.around()
+        steps, profiles = self.steps()
         print("| model | kind | tokens | B x H | form | forward ms | + backward ms | M tokens/s "
               "| TFLOP/s | GB/s | peak MiB |")  # fmt: skip
         print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -84,8 +100,12 @@ class Benchmark:
             "device": self.name,
             "torch": torch.__version__,
             "first_calls_s": {c["kind"] + " " + c["dtype"]: c["first_call_s"] for c in checked},
+            "tests": tests,
             "checked": checked,
             "ceilings": ceilings,
+            "around": around,
+            "training_steps": steps,
+            "slowest_kernels": profiles,
             "timed": self.records,
             "left_out": self.left_out,
             "seconds": time.monotonic() - self.started,
@@ -95,8 +115,91 @@ class Benchmark:
         for name in self.left_out:
             print(f"left out: {name}")
         wrong = [c for c in checked if c["error"] > c["bound"]]
-        if wrong:
-            sys.exit(f"the kernels are wrong: {wrong}")
+        if wrong or any(test["exit_code"] for test in tests):
+            sys.exit(f"the kernels are wrong: {wrong or tests}")
+
+    def tests(self) -> list[dict]:
+        """The kernels' tests, compiled, in three processes: it is compiling that takes the time."""
+        if find_spec("pytest") is None:
+            self.left_out.append("tests: pytest is not installed")
+            return []
+        parts = {
+            "scan, linear": ["tests/ops/test_triton.py", "-k", "linear"],
+            "scan, mlp": ["tests/ops/test_triton.py", "-k", "not linear"],
+            "round the scan": ["tests/ops/test_fused.py"],
+        }
+        if self.quick:
+            parts = {"quick": ["tests/ops/test_fused.py", "-k", "for_cuda"]}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        running = {
+            part: subprocess.Popen(
+                [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            )
+            for part, arguments in parts.items()
+        }
+        results = []
+        for part, process in running.items():
+            try:
+                ends = self.started + SHARE_OF_TESTS * self.seconds_in_all
+                output, _ = process.communicate(timeout=max(1.0, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                self.left_out.append(f"tests, {part}: out of time")
+                continue
+            summary = re.sub(r" in [\d.]+s.*", "", output.strip().splitlines()[-1])
+            results.append({"part": part, "summary": summary, "exit_code": process.returncode})
+            print(f"tests, {part}: {summary}", flush=True)
+        return results
+
+    def around(self) -> list[dict]:
+        """What stands round the scan, in its kernels and in PyTorch; forward and backward."""
+        records = []
+        shapes = [(40, 2, 2, 16)] if self.quick else [(2048, 16, H, D) for H, D in MODELS.values()]
+        for length, batch, heads, head_dim in shapes:
+            compared = around_forms(torch.device(self.device), length, batch, heads, head_dim)
+            for what, tensors, forms, passes in compared:
+                for form, function in forms.items():
+                    if time.monotonic() > self.ends:
+                        self.left_out.append(f"{what}, {heads * head_dim} channels: out of time")
+                        continue
+                    record = self.time(function, tensors)
+                    both = record["forward_s"] + record["backward_s"]
+                    # A kernel reads and writes each of its tensors once.
+                    moved = passes * tensors[0].nbytes
+                    record.update(what=what, form=form, channels=heads * head_dim,
+                                  tokens=batch * length)  # fmt: skip
+                    if form == "triton":
+                        record["bytes_per_s"] = moved / both
+                    records.append(record)
+                    print(f"{what}, {heads * head_dim} channels, {form}: {both * 1e3:.3f} ms",
+                          flush=True)  # fmt: skip
+        return records
+
+    def steps(self) -> tuple[list[dict], dict[str, list[dict]]]:
+        """Training steps, and of each the slowest kernels."""
+        try:
+            from training_step import STEP_HEAD, StepBenchmark, step_row
+        except ImportError as error:
+            self.left_out.append(f"training steps: {error}")
+            return [], {}
+        benchmark = StepBenchmark(self.device, tiny=self.quick)
+        records, profiles = [], {}
+        print(STEP_HEAD, flush=True)
+        for recipe, length in benchmark.cases:
+            name = f"{recipe}, {length} tokens"
+            if time.monotonic() > self.started + SHARE_OF_STEPS * self.seconds_in_all:
+                self.left_out.append(f"training step, {name}: out of time")
+                continue
+            try:
+                record, profiles[name] = benchmark.measure(recipe, length)
+            except Exception as error:
+                self.left_out.append(f"training step, {name}: {in_one_line(error)}")
+                continue
+            records.append(record)
+            print(step_row(record), flush=True)
+        benchmark.close()
+        return records, profiles
 
     def inputs(self, kind, B, H, L, D, dtype) -> list[torch.Tensor]:
         """As the mixer gives them: tokens [B, H, L, F] views of [L, B, H, F], all else float32."""
@@ -171,7 +274,7 @@ class Benchmark:
             try:
                 record = self.time(function, tensors)
             except Exception as error:
-                self.left_out.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+                self.left_out.append(f"{name}: {in_one_line(error)}")
                 continue
             both = record["forward_s"] + record["backward_s"]
             record.update(model=model, kind=kind, batch=batch, heads=heads, length=length,
@@ -183,12 +286,12 @@ class Benchmark:
 
     def time(self, function, tensors) -> dict:
         """Medians of a forward and a backward, and the peak memory of both over the start."""
-        out = function()
-        upstream = torch.randn_like(out)
+        upstream = as_tuple(function())
+        upstream = [torch.randn_like(out) for out in upstream]
         wanted = [x for x in tensors if x.requires_grad]
 
         def both():
-            torch.autograd.grad(function(), wanted, upstream, allow_unused=True)
+            torch.autograd.grad(as_tuple(function()), wanted, upstream, allow_unused=True)
 
         both()
         peak = None
@@ -220,36 +323,12 @@ class Benchmark:
             torch.cuda.synchronize()
 
 
-def scan_flops(kind: str, D: int, f: int) -> int:
-    """A forward's, per token; docs/mathematics.md, Cost."""
-    return D * (6 * f + 4 * MINI_BATCH) if kind == "linear" else D * (56 * f + 20 * MINI_BATCH)
+def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
-def other_forms(tensors) -> dict:
-    """What other libraries have for tokens of this shape; each computes another function."""
-    forms = {}
-    q, k, v = (x.transpose(1, 2) for x in tensors[:3])  # [B, L, H, F]
-    lam_BLH, gamma, beta = tensors[3].transpose(1, 2), tensors[5], tensors[6]
-    with suppress(ImportError):
-        from fla.ops.ttt import chunk_ttt_linear
-
-        eta = lam_BLH.unsqueeze(-1).to(q.dtype)
-        forms["fla ttt_linear"] = lambda: chunk_ttt_linear(
-            q, k, v, gamma, beta, eta, scale=1.0, chunk_size=MINI_BATCH
-        )[0]
-    with suppress(ImportError):
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        forms["fla gated_delta_rule"] = lambda: chunk_gated_delta_rule(
-            q, k, v, -lam_BLH, torch.sigmoid(lam_BLH).to(q.dtype), use_qk_l2norm_in_kernel=True
-        )[0]
-    with suppress(ImportError):
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        forms["mamba2"] = lambda: mamba_chunk_scan_combined(
-            v, lam_BLH, -torch.ones_like(gamma[:, 0]), k, q, chunk_size=256
-        )
-    return forms
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def row(record: dict) -> str:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Kill a run again and again, and see whether what is left is the run that was never killed.
 
-    python benchmarks/kill_test.py --kills 200 [--output FILE.json]
+    python benchmarks/kill_test.py --kills 200 [--forked] [--output FILE.json]
 
 A small model is trained at TP2, at DP2 and at TP2 with background saves, first undisturbed, then
-under SIGKILLs: every second one hits a single rank, the others the whole process group; at least
-every second one comes while a save is under way. After each, the same command is given again. In
-the end losses, gradient norms, metrics and every tensor of the last checkpoint must be the
-undisturbed run's, to the last bit. Ends with its tally; exit code 1 if anything differs.
+again and again under SIGKILLs: half of them hit a single rank, half the launcher and all its ranks;
+at least half come while a save is under way, those evenly on one and on all. After each, the same
+command is given again. In the end losses, gradient norms, metrics and every tensor of the last
+checkpoint must be the undisturbed run's, to the last bit. Ends with its tally; exit code 1 if
+anything differs or there were fewer kills than asked for.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,9 +37,15 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import megatron_ttt.training.trainer  # noqa: F401 (what forked ranks would import)
+import pretrain_ttt
 from megatron_ttt.checkpoint.store import list_checkpoints
+from megatron_ttt.errors import run_command
 
 ROOT = Path(__file__).parent.parent
+RECIPE = "yaml_recipes/debug_cpu.yaml"
+FORK = multiprocessing.get_context("fork")
 STEPS, SAVE_EVERY = 40, 2
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 SETUPS = {"TP2": TP2, "DP2": [], "TP2 background": [*TP2, "checkpoint.asynchronous=true"]}
@@ -46,65 +57,153 @@ class Run:
 
     overrides: list[str]
     folder: Path
+    forked: bool
     kills: Counter = field(default_factory=Counter)
+    left: set[Path] = field(default_factory=set)  # temporary folders of runs killed before
 
-    def launch(self) -> subprocess.Popen:
-        """Start it under torchrun, in a process group of its own."""
+    def launch(self):
+        """Start it: a Popen of torchrun, or a Process that does as torchrun does."""
+        self.left = set(self.folder.glob(".incomplete-*"))
+        log = self.folder.with_suffix(".log")
+        overrides = [*self.overrides, f"run.dir={self.folder}"]
+        if self.forked:
+            launcher = FORK.Process(target=launch_forks, args=(overrides, log))
+            launcher.start()
+            return launcher
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "pretrain_ttt.py", "--config"]
-        command += ["yaml_recipes/debug_cpu.yaml", *self.overrides, f"run.dir={self.folder}"]
+        command += [RECIPE, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        with open(self.folder.with_suffix(".log"), "a") as log:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+        with open(log, "a") as log:
+            return Torchrun(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
-    def finish(self) -> None:
-        """Run to the end undisturbed."""
-        if self.launch().wait():
+    def finish(self) -> float:
+        """Run to the end undisturbed; the seconds until the first checkpoint it publishes."""
+        before, started, seconds = newest_step(self.folder), time.monotonic(), 0.0
+        launcher = self.launch()
+        while launcher.is_alive():
+            if not seconds and newest_step(self.folder) > before:
+                seconds = time.monotonic() - started
+            time.sleep(0.05)
+        if launcher.exitcode:
             log = self.folder.with_suffix(".log").read_text()
             raise SystemExit(f"the run failed:\n{log[-3000:]}")
+        return seconds
 
-    def finish_under_fire(self, kills: int, chance: random.Random) -> None:
-        """Kill it `kills` times, then let it finish."""
-        while self.kills["in all"] < kills:
+    def finish_under_fire(self, kills: int, until: float, span: float, chance: random.Random):
+        """Kill it until it has ended, or been killed `kills` times, or until that time; then let it
+        finish.
+
+        span: a kill at any moment comes in so many seconds from the start.
+        """
+        while self.kills["in all"] < kills and time.monotonic() < until:
             launcher = self.launch()
             in_save = 2 * self.kills["inside a save"] <= self.kills["in all"]
-            if not self.wait_for_moment(launcher, in_save, chance):
-                raise SystemExit(f"{self.folder} ended before its {kills} kills: raise STEPS")
-            inside = bool(list(self.folder.glob(".incomplete-*")))
-            group = self.kills["in all"] % 2 == 0
-            self.kill(launcher, group, chance)
+            if not self.wait_for_moment(launcher, in_save, chance.uniform(0, span), chance):
+                break
+            # Either kind of moment hits one rank and all of them in turn.
+            where = "inside a save" if in_save else "elsewhere"
+            alone = self.kills[f"one rank, {where}"] < self.kills[f"whole group, {where}"]
+            inside = self.kill(launcher, alone, chance)
             self.kills["in all"] += 1
             self.kills["inside a save"] += inside
-            self.kills["whole group" if group else "one rank"] += 1
-        self.finish()
+            who = "one rank" if alone else "whole group"
+            self.kills[who] += 1
+            self.kills[f"{who}, {'inside a save' if inside else 'elsewhere'}"] += 1
+            print(f"{self.folder.name}: {who}, newest {newest_step(self.folder)}", flush=True)
+        else:
+            self.finish()
+            return
+        if launcher.exitcode:
+            raise SystemExit(f"the run failed: see {self.folder.with_suffix('.log')}")
 
-    def wait_for_moment(self, launcher, in_save: bool, chance: random.Random) -> bool:
-        """Wait for a save to begin, or for any moment; False if the run ends first."""
-        end = time.monotonic() + chance.uniform(0, 12)
-        while launcher.poll() is None:
-            if list(self.folder.glob(".incomplete-*")) if in_save else time.monotonic() > end:
-                time.sleep(chance.uniform(0, 0.3) if in_save else 0)
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return not self.left.issuperset(self.folder.glob(".incomplete-*"))
+
+    def wait_for_moment(self, launcher, in_save: bool, seconds: float, chance) -> bool:
+        """Wait for one of the next saves to begin, or so many seconds; False if the run ends
+        first."""
+        end, begun, awaited = time.monotonic() + seconds, set(), chance.randint(1, 4)
+        while launcher.is_alive():
+            begun |= set(self.folder.glob(".incomplete-*")) - self.left
+            if len(begun) == awaited if in_save else time.monotonic() > end:
+                time.sleep(chance.uniform(0, 0.4) if in_save else 0)
                 return True
             time.sleep(0.001)
         return False
 
-    def kill(self, launcher, group: bool, chance: random.Random) -> None:
-        """SIGKILL the group or one rank; then wait for the launcher, which ends the other rank.
+    def kill(self, launcher, alone: bool, chance: random.Random) -> bool:
+        """SIGKILL one rank, whereupon the launcher ends the other; or the launcher and the ranks,
+        each of which leads a session of its own. Returns whether a save was under way.
 
         Background writers are left to themselves: they are what a killed run leaves behind.
         """
-        if group:
-            os.killpg(launcher.pid, signal.SIGKILL)
+        os.kill(launcher.pid, signal.SIGSTOP)
+        ranks = psutil.Process(launcher.pid).children()
+        if not self.forked:
+            ranks = [p for p in ranks if "pretrain_ttt.py" in p.cmdline()]
+        inside = self.saving()
+        if alone and ranks:
+            chance.choice(ranks).kill()
+            os.kill(launcher.pid, signal.SIGCONT)
         else:
-            children = psutil.Process(launcher.pid).children()
-            ranks = [p for p in children if "pretrain_ttt.py" in " ".join(p.cmdline())]
-            if ranks:
-                chance.choice(ranks).kill()
-            else:
-                launcher.kill()
-        launcher.wait()
+            for process in [*ranks, launcher]:
+                process.kill()
+        launcher.join()
+        return inside
+
+
+class Torchrun(subprocess.Popen):
+    """A launcher with the methods of a multiprocessing.Process."""
+
+    def is_alive(self) -> bool:
+        return self.poll() is None
+
+    def join(self) -> None:
+        self.wait()
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.returncode
+
+
+def launch_forks(overrides: list[str], log: Path) -> None:
+    """Do as torchrun does: start two ranks; when one ends, end the other, by force in the end.
+
+    They are forks of a process that has imported what a rank imports, which is most of its start.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORK.Process(target=run_rank, args=(rank, port, overrides)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel for process in ranks])
+    for process in ranks:
+        process.join(timeout=5)
+        process.terminate()
+        process.join(timeout=30)
+        process.kill()
+        process.join()
+    raise SystemExit(any(process.exitcode for process in ranks))
+
+
+def run_rank(rank: int, port: int, overrides: list[str]) -> None:
+    """What torchrun starts."""
+    os.setsid()
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank}
+    os.environ.update({key: str(value) for key, value in {**address, "LOCAL_RANK": rank}.items()})
+    sys.argv = ["pretrain_ttt.py", "--config", RECIPE, *overrides]
+    raise SystemExit(run_command(pretrain_ttt.main))
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((listed.step for listed in list_checkpoints(folder)), default=0)
 
 
 def figures(folder: Path) -> list[tuple]:
@@ -147,11 +246,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=600, help="kill no more after that")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--forked",
+        action="store_true",
+        help="start ranks as forks of this process, not by torchrun",
+    )
     arguments = parser.parse_args()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
     chance, tally = random.Random(arguments.seed), {}
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.npy"
@@ -170,17 +277,24 @@ def main() -> int:
             f"checkpoint.save_every={SAVE_EVERY}",
             "checkpoint.keep=3",
         ]
+        until = time.monotonic() + 60 * arguments.minutes
         shares = [arguments.kills // len(arguments.setups)] * len(arguments.setups)
         shares[0] += arguments.kills - sum(shares)
         for name, kills in zip(arguments.setups, shares):
             folder = Path(scratch) / name.replace(" ", "-")
-            whole = Run([*common, *SETUPS[name]], folder.with_name(f"{folder.name}-whole"))
-            whole.finish()
-            killed = Run(whole.overrides, folder)
-            killed.finish_under_fire(kills, chance)
-            found = differences(whole.folder, killed.folder)
-            tally[name] = {**killed.kills, "differences": found}
-            print(f"{name}: {dict(killed.kills)}, differences: {found or 'none'}", flush=True)
+            whole = Run(
+                [*common, *SETUPS[name]], folder.with_name(f"{folder.name}-whole"), arguments.forked
+            )
+            span = 1.4 * whole.finish()
+            counts, found = Counter(), []
+            while counts["in all"] < kills and time.monotonic() < until:
+                killed = Run(whole.overrides, folder, arguments.forked, counts)
+                killed.finish_under_fire(kills, until, span, chance)
+                counts["runs"] += 1
+                found += differences(whole.folder, folder)
+                shutil.rmtree(folder)
+            tally[name] = {**counts, "differences": found}
+            print(f"{name}: {dict(counts)}, differences: {found or 'none'}", flush=True)
     total = Counter()
     for counts in tally.values():
         total.update({key: count for key, count in counts.items() if key != "differences"})
@@ -188,7 +302,7 @@ def main() -> int:
     print(f"{total['in all']} kills {dict(total)}; runs that differ: {bad or 'none'}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"total": total, **tally}, indent=1) + "\n")
-    return bool(bad)
+    return bool(bad) or total["in all"] < arguments.kills
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ class CheckpointConfig:
     """Newest checkpoints kept, beside milestones and the best by validation loss; 0: all."""
     asynchronous: bool = False
     """Write checkpoints in the background, while training goes on (see `docs/checkpoints.md`)."""
+    on_save_error: str = "warn"
+    """When a checkpoint cannot be written (a full disk): warn and go on until the next, or stop."""
     export_final: bool | None = None
     """Write the last step's weights as a Hugging Face directory, `final_model/`; null: where
     data.tokenizer_model is set."""
@@ -346,6 +348,7 @@ def validate(config: Config) -> None:
         raise UserError("training.precision=fp16 is not supported: use bf16 (or fp32)")
     _one_of("training.precision", training.precision, PRECISIONS)
     _one_of("training.scan_backend", training.scan_backend, SCAN_BACKENDS)
+    _one_of("checkpoint.on_save_error", config.checkpoint.on_save_error, ("warn", "stop"))
     _one_of("run.device", config.run.device, ("auto", "cuda", "cpu"))
     _one_of("logging.wandb_mode", config.logging.wandb_mode, ("disabled", "offline", "online"))
     for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size"):

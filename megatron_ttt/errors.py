@@ -1,6 +1,7 @@
 """How a user's mistake leaves the program: one line on stderr, exit code 2."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,12 @@ class TrainingError(UserError):
     exit_code = 3
 
 
+class LostRankError(UserError):
+    """Another process of the job died or hangs; the same command goes on."""
+
+    exit_code = 1
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; a `UserError` becomes one line and its exit code.
 
@@ -31,6 +38,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends it
             time.sleep(RANK_0_FIRST_SECONDS)
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)

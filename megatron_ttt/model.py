@@ -13,8 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.errors import UserError
 from megatron_ttt.layers.parameters import global_shape, initialise, normal
 from megatron_ttt.layers.specs import block_submodules
+from megatron_ttt.ops import why_not_triton
 from megatron_ttt.platform import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,9 +26,22 @@ EMBEDDING = "embedding.word_embeddings.weight"
 def core_config(
     config: Config, platform: Platform, dtype: torch.dtype | None = None
 ) -> TransformerConfig:
-    """megatron-core's view of our configuration. dtype: over `training.precision`'s."""
+    """megatron-core's view of our configuration. dtype: over `training.precision`'s.
+
+    Raises UserError where the scan backend asked for cannot run.
+    """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
+    if model.is_ttt and training.scan_backend == "triton":
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        reason = why_not_triton(
+            model.head_dim, model.mini_batch_size, state_dtype, platform.device.type
+        )
+        if reason is not None:
+            raise UserError(
+                f"training.scan_backend=triton: the kernels cannot run here: {reason}; set "
+                "training.scan_backend=auto"
+            )
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fields = {
         "num_layers": model.num_layers,

@@ -144,8 +144,11 @@ class Job:
         self.cases.setdefault(1, []).append({"import": str(source), "output": str(output)})
         return output
 
-    def train(self, name: str, layout: str, recipe: dict, overrides=(), gradients=False) -> None:
-        """Add a run of `recipe` (a configuration tree) at a layout; its folder is `name`."""
+    def train(self, name: str, layout: str, recipe: dict, overrides=(), **wanted: bool) -> None:
+        """Add a run of `recipe` (a configuration tree) at a layout; its folder is `name`.
+
+        wanted: `gradients`, `moments` (see worker.py).
+        """
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         run_dir = self.folder / name
@@ -154,7 +157,7 @@ class Job:
                 "train": [str(path)],
                 "overrides": [*LAYOUTS[layout], f"run.dir={run_dir}", "run.device=cpu", *overrides],
                 "output": str(run_dir / "result"),
-                "gradients": gradients,
+                **wanted,
             }
         )
 

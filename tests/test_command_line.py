@@ -150,6 +150,7 @@ def test_refuses_what_cannot_be_trained(data, whole_run, tmp_path):
         f"data.train={truncated}": "truncated",
         "model.vocab_size=340": "tokenizer",
         f"checkpoint.load={tmp_path}/nothing": "nothing",
+        "training.scan_backend=triton": "they need a CUDA device, not cpu",
     }
     for override, named in cases.items():
         line = refusal([*PRETRAIN, *options(data, run_dir), override])

@@ -68,13 +68,13 @@ def test_sharded_layer_norm_is_layer_norm(core):
     """On one rank, where it is never taken: the formulas, without the exchange."""
     from megatron.core import parallel_state
 
-    from megatron_ttt.layers.norm import _ShardedLayerNorm
+    from megatron_ttt.ops.wide_norm import ShardedLayerNorm
 
     x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
     group = parallel_state.get_tensor_model_parallel_group()
-    ours = _ShardedLayerNorm.apply(x, weight, bias, 1e-6, group)
+    ours = ShardedLayerNorm.apply(x, weight, bias, 1e-6, group)
     theirs = F.layer_norm(x, (8,), weight, bias, 1e-6)
     assert relative(ours, theirs) < 1e-14
     upstream = torch.randn_like(ours)
@@ -86,10 +86,10 @@ def test_sharded_layer_norm_is_layer_norm(core):
 
 
 def test_rope_turns_pairs_by_their_place_in_the_mini_batch():
-    from megatron_ttt.layers.rope import mini_batch_angles, rotate_pairs
+    from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
 
     x = torch.randn(3, 40, 8, dtype=torch.float64)
-    angles = mini_batch_angles(40, 16, 8, 10000.0, like=x)
+    angles = mini_batch_angles(16, 8, 10000.0, torch.float64, x.device)
     turned = torch.view_as_complex(rotate_pairs(x, *angles).unflatten(-1, (4, 2)))
     pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
     for token in (0, 5, 16, 37):

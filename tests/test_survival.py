@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from harness import ROOT, environment, run, torchrun
+from harness import ROOT, run, torchrun
+from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_test import digests
@@ -22,29 +20,10 @@ from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.store import find_newest, list_checkpoints, prune
 from megatron_ttt.errors import UserError
 
-STEPS = 8
-COMMAND = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> list[str]:
-    """Overrides of a small run on fixed batches, without validation."""
-    tokens = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(2, 96, (STEPS, 4, 33)))
-    return [
-        f"data.fixed_batches={tokens}",
-        "data.train=[]",
-        "data.validation=[]",
-        "data.tokenizer_model=null",
-        f"training.steps={STEPS}",
-        "training.seq_length=32",
-        "training.global_batch_size=4",
-        "model.vocab_size=96",
-        "model.hidden_size=32",
-        "model.ffn_hidden_size=64",
-        "parallel.bucket_size=5000",
-        "checkpoint.save_every=3",
-    ]
+    return small_recipe(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +32,6 @@ def whole(recipe, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     run([sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"])
     return run_dir
-
-
-def losses(run_dir: Path) -> list[tuple[int, float, float]]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [listed.step for listed in list_checkpoints(run_dir)]
 
 
 def test_a_checkpoint_is_what_its_manifest_says(whole):
@@ -175,30 +145,6 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert prune(tmp_path, keep=0) == []
 
 
-def start(recipe, run_dir: Path, log: Path, *more: str) -> subprocess.Popen:
-    """Two tensor-parallel processes under torchrun; a step takes a second or so."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *COMMAND, *recipe, f"run.dir={run_dir}"]
-    command += ["parallel.tensor_model_parallel_size=2", *more]
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
-
-
-def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes of a launcher, by rank."""
-    found = [p for p in psutil.Process(launcher.pid).children() if "pretrain_ttt.py" in p.cmdline()]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
-
-
-def wait_for(log: Path, text: str, launcher: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while text not in log.read_text():
-        assert launcher.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number,rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, tmp_path, number, rank):
     whole_dir, run_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
@@ -289,3 +235,21 @@ def test_a_spike_is_said_once_it_is_one():
     assert quiet == [None] * 300
     assert "loss=5 is a spike: it was 3.0" in watch.see(5.0)
     assert watch.see(float("nan")) is None
+
+
+def test_changed_data_is_refused(recipe, whole, tmp_path):
+    run_dir, tokens = tmp_path / "run", tmp_path / "tokens.npy"
+    shutil.copy(recipe[0].partition("=")[2], tokens)
+    command = [sys.executable, *COMMAND, *recipe, f"data.fixed_batches={tokens}"]
+    command += [f"run.dir={run_dir}"]
+    run([*command, "training.exit_step=1"])
+    content = bytearray(tokens.read_bytes())
+    content[-1] ^= 1
+    tokens.write_bytes(content)
+    output = run(command, expect=2)
+    assert output.endswith("another run.dir to start anew\n") and output.count("\n") == 1
+    assert f"{tokens} has changed since this run began" in output
+    content[-1] ^= 1
+    tokens.write_bytes(content)
+    run(command)
+    assert losses(run_dir) == losses(whole)

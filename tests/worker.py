@@ -8,20 +8,21 @@ A case is one of
   FOLDER/result.safetensors with `logits` and `grad/NAME`;
 - {"statistics": CHECKPOINT, "dtype", "overrides", "input_ids": NPY, "output": FOLDER}: writes
   FOLDER/result.safetensors with every layer's inner statistics, by field;
-- {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool}: writes
+- {"train": [YAML], "overrides", "output": FOLDER, "gradients": bool, "moments": bool}: writes
   FOLDER/result.safetensors with the final weights, `param/NAME`, and on request the first step's
-  gradients, `grad/NAME`; FOLDER/result.json: what did not hold on some rank. Losses are in the
-  run's own metrics.jsonl.
+  gradients, `grad/NAME`, and AdamW's moments before the first step and after the last,
+  `first/exp_avg/NAME` and `last/exp_avg/NAME`, and so for `exp_avg_sq`; FOLDER/result.json: what
+  did not hold on some rank. Losses are in the run's own metrics.jsonl.
 Names are the official ones.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,17 +34,12 @@ def main() -> None:
 
     A child takes its process groups and models with it when it ends; in one process they pile up,
     hundreds of gloo threads that wake up a hundred times a second. What all cases share, the
-    imports and the process that collects writers' results, is made once, before.
+    imports, is made once, before.
     """
     torch.set_num_threads(1)
     import megatron_ttt.evaluation
     import megatron_ttt.training.trainer  # noqa: F401
 
-    filesystem_async = importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )
-    for name in ("get_write_results_queue", "_get_write_results_queue"):
-        getattr(filesystem_async, name, lambda: None)()
     for number in range(len(json.loads(Path(sys.argv[1]).read_text()))):
         child = multiprocessing.get_context("fork").Process(target=run_case, args=(number,))
         child.start()
@@ -124,7 +120,11 @@ def train_case(case: dict) -> None:
     tensors, problems = {}, []
     if case.get("gradients"):
         first_gradients(trainer, tensors, problems)
+    if case.get("moments"):
+        collect_moments(trainer, "first", tensors, problems)
     trainer.train()
+    if case.get("moments"):
+        collect_moments(trainer, "last", tensors, problems)
     from megatron_ttt.training.optimizer import gather_parameters
 
     gather_parameters(trainer.ddp_chunks)
@@ -180,6 +180,27 @@ def first_gradients(trainer, tensors: dict, problems: list) -> None:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather(list(bucket.grad_data.chunk(group.size())), shard, group=group)
     collect(trainer, "grad", lambda parameter: parameter.main_grad, tensors, problems)
+
+
+def collect_moments(trainer, when: str, tensors: dict, problems: list) -> None:
+    """The optimizer's moments, put together from the shards of all ranks."""
+    for key in ("exp_avg", "exp_avg_sq"):
+        collect(trainer, f"{when}/{key}", partial(whole_moment, trainer, key), tensors, problems)
+
+
+def whole_moment(trainer, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A moment of this rank's parameter, of which data-parallel ranks hold a piece each."""
+    from megatron.core import parallel_state
+
+    whole = torch.zeros(parameter.numel())
+    for optimizer in trainer.optimizer.chained_optimizers:
+        if parameter in optimizer.model_param_group_index_map:
+            group, order = optimizer.model_param_group_index_map[parameter]
+            shard = optimizer.optimizer.param_groups[group]["params"][order]
+            piece = optimizer._get_model_param_range_map(parameter)["param"]
+            whole[piece.start : piece.end] = optimizer.optimizer.state[shard][key].flatten()
+    dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
+    return whole.view(parameter.shape)
 
 
 def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> None:

@@ -10,7 +10,7 @@ writes `data/tokenizer.model`.
 import argparse
 import sys
 
-from megatron_ttt.data.tokenizer_training import train_tokenizer
+from megatron_ttt.data.tokenizer_training import MAX_BYTES, train_tokenizer
 from megatron_ttt.errors import run_command
 
 
@@ -21,9 +21,16 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="C4 shards")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
     parser.add_argument("--output-prefix", required=True, help="path of the model, no suffix")
+    parser.add_argument("--max-bytes", type=int, default=MAX_BYTES, help="of text to train on")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     args = parser.parse_args()
-    train_tokenizer(args.input, args.output_prefix, args.vocab_size, overwrite=args.overwrite)
+    train_tokenizer(
+        args.input,
+        args.output_prefix,
+        args.vocab_size,
+        max_bytes=args.max_bytes,
+        overwrite=args.overwrite,
+    )
 
 
 if __name__ == "__main__":

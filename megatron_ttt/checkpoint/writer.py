@@ -3,12 +3,17 @@
 The training processes hold a snapshot only as long as it takes to fork (on CUDA, to copy to the
 host): the forked writers write it, while training goes on. When all have done, the checkpoint is
 checked off file by file and gets its name; that takes all ranks a moment between two steps.
+
+A disk may fail on one rank alone, at any file. That rank keeps its error (`faults.HeldErrors`)
+until all ranks can hear of it, so that none is left waiting for it: then all give the checkpoint up
+together, the temporary folder goes, and what was published before is as it was.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +21,39 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ttt.checkpoint.faults import HeldErrors, SaveError, SaveStrategy, in_words
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
 from megatron_ttt.checkpoint.state import checkpoint_tree
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
-from megatron_ttt.platform.compat import asynchronous_save_options
+from megatron_ttt.errors import UserError
+from megatron_ttt.platform.compat import guard_common_state, mcore_save_options, use_results_file
 
 
 class CheckpointWriter:
-    """Saves one checkpoint at a time. All its methods are collective."""
+    """Saves one checkpoint at a time. All its methods are collective.
 
-    def __init__(self, *, asynchronous: bool = False):
+    failure: why the last checkpoint could not be written, None if it could; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        asynchronous: bool = False,
+        failed: Callable[[Path, str], None] | None = None,
+    ):
+        """failed: called on all ranks when a checkpoint could not be written, with its path and
+        why; without it, that is a UserError."""
         self.asynchronous = asynchronous
+        self.failure: str | None = None
+        self._failed = failed or _refuse
         self._calls = AsyncCallsQueue(persistent=False)
+        use_results_file()
+        self._path = self._temporary = Path()
 
     def save(
         self,
@@ -48,58 +71,93 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        temporary = self._new_folder(path)
-        tree = checkpoint_tree(chunks, optimizer)
-        text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
+        held = HeldErrors()
+        try:
+            self._new_folder(path, held)
+            tree = checkpoint_tree(chunks, optimizer)
+            text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
+            guard_common_state(held.hold)
+            request = dist_checkpointing.save(
+                tree,
+                str(self._temporary),
+                sharded_strategy=SaveStrategy(held),
+                async_sharded_save=True,
+                **mcore_save_options(),
+            )
 
-        def finish():
-            if dist.get_rank() == 0:
-                write_durably(temporary / STATE_FILE, text)
-            dist.barrier()
-            described = _describe_together(temporary)
-            if dist.get_rank() == 0:
-                publish(temporary, path, described)
-                published(time.perf_counter() - started)
-            dist.barrier()
+            def finish():
+                self._publish(text, held)
+                if dist.get_rank() == 0:
+                    published(time.perf_counter() - started)
 
-        if self.asynchronous:
-            request = dist_checkpointing.save(tree, str(temporary), **asynchronous_save_options())
-            request.add_finalize_fn(finish)
-            self._calls.schedule_async_request(request)
-        else:
-            dist_checkpointing.save(tree, str(temporary))
-            finish()
+            # megatron-core's own last file, metadata.json, is written there too.
+            request.finalize_fns[1:] = [finish]
+            if self.asynchronous:
+                self._calls.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        except (SaveError, CheckpointException) as error:
+            self._give_up(error)
         return time.perf_counter() - started
 
     def poll(self) -> None:
         """Publish what has been written; call it between steps."""
         if self._calls.get_num_unfinalized_calls():
-            self._calls.maybe_finalize_async_calls(blocking=False)
+            self._finalize(blocking=False)
 
     def wait(self) -> None:
         """Wait until everything is written and published."""
-        self._calls.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
 
-    def _new_folder(self, path: Path) -> Path:
+    def _finalize(self, *, blocking: bool) -> None:
+        try:
+            self._calls.maybe_finalize_async_calls(blocking=blocking)
+        except (SaveError, CheckpointException) as error:
+            self._give_up(error)
+
+    def _new_folder(self, path: Path, held: HeldErrors) -> None:
         """A temporary folder of a name that no writer of a killed run can still be writing to."""
-        name = [secrets.token_hex(4)]
-        dist.broadcast_object_list(name)
-        temporary = temporary_path(path, name[0])
+        token = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token)
+        self._path, self._temporary = path, temporary_path(path, token[0])
         if dist.get_rank() == 0:
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        return temporary
+            with held.hold():
+                self._temporary.mkdir(parents=True)
+        held.together()
+
+    def _publish(self, state: str, held: HeldErrors) -> None:
+        """Check off what all ranks have written, and give it its name."""
+        folder = self._temporary
+        if dist.get_rank() == 0:
+            with held.hold():
+                save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+                write_durably(folder / STATE_FILE, state)
+        held.together()
+        own = {}
+        with held.hold():
+            share = folder_files(folder)[dist.get_rank() :: dist.get_world_size()]
+            own = {name: describe(folder / name) for name in share}
+        described = {name: seen for one in held.together(own) for name, seen in one.items()}
+        if dist.get_rank() == 0:
+            with held.hold():
+                publish(folder, self._path, described)
+        held.together()
+        self.failure = None
+
+    def _give_up(self, error: SaveError | CheckpointException) -> None:
+        """Remove what was written of a checkpoint, and tell why on all ranks."""
+        why = [in_words(error)]
+        dist.broadcast_object_list(why)  # rank 0 alone has a CheckpointException's words
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self.failure = why[0]
+        self._failed(self._path, why[0])
+
+
+def _refuse(path: Path, why: str) -> None:
+    raise UserError(f"{path} could not be written: {why}")
 
 
 def save_checkpoint(path: Path, chunks: list[nn.Module], optimizer, state: dict[str, Any]) -> None:
     """Write and publish one checkpoint folder (see `CheckpointWriter.save`)."""
     CheckpointWriter().save(path, chunks, optimizer, state)
-
-
-def _describe_together(folder: Path) -> dict[str, dict[str, int | str]]:
-    """`manifest.describe` of every file of a folder, which all ranks see; each does its share."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = {name: describe(folder / name) for name in folder_files(folder)[rank::ranks]}
-    everyone = [None] * ranks
-    dist.all_gather_object(everyone, own)
-    return {name: seen for one in everyone for name, seen in one.items()}

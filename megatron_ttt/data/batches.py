@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from megatron_ttt.config import Config
 from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
-from megatron_ttt.data.indexed import check_indexed
+from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
 from megatron_ttt.data.sampling import TokenLoader
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError
 
 
@@ -63,7 +63,7 @@ def open_data(config: Config, *, train: bool = True) -> Data:
         )
     tokenizer = None
     if data.tokenizer_model is not None:
-        tokenizer = SentencePieceTokenizer(data.tokenizer_model)
+        tokenizer = load_tokenizer(data.tokenizer_model)
         check_vocabulary(tokenizer, config.model.vocab_size)
     elif data.train or data.validation:
         raise UserError("data.tokenizer_model is not set: name the model the data was made with")
@@ -83,6 +83,16 @@ def open_data(config: Config, *, train: bool = True) -> Data:
     if train and data.fixed_batches:
         train_set = _fixed_batches(config)
     return Data(config, train_set, validation_set, _masked_id(config, tokenizer))
+
+
+def data_files(config: Config) -> list[Path]:
+    """The files that decide what a run trains and validates on."""
+    data = config.data
+    files = [Path(path) for path in (data.fixed_batches, data.tokenizer_model) if path]
+    for blend in filter(None, (_blend(data.train), _blend(data.validation))):
+        for prefix in parse_blend(blend)[0]:
+            files += [bin_path(prefix), idx_path(prefix)]
+    return files
 
 
 def _fixed_batches(config: Config) -> FixedBatches:
@@ -133,6 +143,6 @@ def _validation_samples(config: Config, blend: list[str | float] | None) -> int:
     return samples
 
 
-def _masked_id(config: Config, tokenizer: SentencePieceTokenizer | None) -> int | None:
+def _masked_id(config: Config, tokenizer: Tokenizer | None) -> int | None:
     bos_id = config.data.bos_id if tokenizer is None else tokenizer.bos_id
     return bos_id if config.data.mask_bos and bos_id >= 0 else None

@@ -1,8 +1,10 @@
 """What turns a block of lines into bytes: the options of a run and the work of one process."""
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -14,6 +16,8 @@ from megatron_ttt.errors import UserError
 
 _CHECKED_LINES = 128
 """With gigatoken, SentencePiece encodes the first document and then each so many-th line too."""
+_MMAP_THRESHOLD = -3
+_LARGE_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Encoder:
 
     def __init__(self, options: Options) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _give_large_buffers_back()
         self.options = options
         self.tokenizer = load_tokenizer(options.tokenizer_model, options.backend)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
@@ -108,7 +113,8 @@ class Encoder:
             texts = list(texts)
             ids = self.tokenizer.encode_batch(texts)
             if self._checked:
-                refused = refused or self._first_difference(lines, texts, ids)
+                begins = block.first_line == 1
+                refused = refused or self._first_difference(begins, lines, texts, ids)
             encoded.append(ids)
             text_bytes += sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
             empty += sum(len(i) == 0 for i in ids)
@@ -130,11 +136,11 @@ class Encoder:
         )
 
     def _first_difference(
-        self, lines: Sequence[int], texts: Sequence[str], ids: Sequence[np.ndarray]
+        self, begins: bool, lines: Sequence[int], texts: Sequence[str], ids: Sequence[np.ndarray]
     ) -> int:
         """The first line of the sample where SentencePiece gives other ids, 0 if none does."""
         for index, (line, text, fast) in enumerate(zip(lines, texts, ids)):
-            sampled = line % _CHECKED_LINES == 1 or (index == 0 and line < _CHECKED_LINES)
+            sampled = line % _CHECKED_LINES == 1 or (begins and index == 0)
             if sampled and self.tokenizer.encode(text) != fast.tolist():
                 return line
         return 0
@@ -160,6 +166,15 @@ class Encoder:
         lengths = np.array([len(ids) + extra if len(ids) else 0 for ids in column], np.int32)
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
         return tokens.astype(self.dtype).tobytes(), lengths
+
+
+def _give_large_buffers_back() -> None:
+    """What a long document needs goes back to the system behind it, where the C library is glibc.
+
+    Left alone, glibc takes ever larger buffers out of its heap, which their holes keep large.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BUFFER)
 
 
 def encode_here(blocks: Iterable, encoder: Encoder) -> Iterator:

@@ -37,6 +37,7 @@ class GigatokenTokenizer(SentencePieceTokenizer):
     def _load(self) -> None:
         import gigatoken
 
+        self._fast = None  # never two of them at one time
         try:
             self._fast = gigatoken.Tokenizer.from_sentencepiece(self._model)
         except Exception as error:

@@ -71,7 +71,8 @@ class Progress(Listener):
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.print()
+        if self._finished_shards or self._current.documents:
+            self.print()
         if sys.stderr.isatty():
             print(file=sys.stderr)
         self._log.close()

@@ -135,8 +135,11 @@ def _remote_errors(url: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = f"{type(cause).__name__} {cause}".splitlines()[0]
-        raise ShardError(f"cannot read {url}: {reason}") from error
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise ShardError(
+            f"cannot read {url} ({reason}); check the address and the connection, then run the "
+            "same command again"
+        ) from error
 
 
 class HashingStream(io.RawIOBase):

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from megatron_ttt.data.wordwise import WordwiseEncoder, is_wordwise
 from megatron_ttt.errors import UserError
 
 BACKENDS = ("sentencepiece", "huggingface", "gigatoken")
@@ -86,10 +88,18 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._processor.eos_id()
         self.pad_id = self._processor.pad_id()
 
+    @cached_property
+    def _wordwise(self) -> WordwiseEncoder | None:
+        if not is_wordwise(self._model, self._processor):
+            return None
+        return WordwiseEncoder(self._processor)
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._wordwise is not None:
+            return [self._wordwise.encode(text) for text in texts]
         return self._processor.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int]) -> str:

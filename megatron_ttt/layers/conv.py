@@ -10,8 +10,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_ttt.layers.norm import RMSNorm, statistics_dtype
+from megatron_ttt.layers.norm import RMSNorm
 from megatron_ttt.layers.parameters import lecun_normal, new_parameter, zeros
+from megatron_ttt.ops.conv_rotate import causal_conv
+from megatron_ttt.ops.fused import runs_fused
 
 
 class CausalConv(nn.Module):
@@ -30,15 +32,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x_SBC: Tensor, halo_WBC: Tensor | None = None) -> Tensor:
         """Convolve tokens, preceded by the W-1 tokens `halo_WBC` (zeros at a sequence's start)."""
-        if halo_WBC is None:
-            halo_WBC = x_SBC.new_zeros((self.weight.shape[-1] - 1, *x_SBC.shape[1:]))
-        dtype = statistics_dtype(x_SBC)
-        padded = torch.cat([halo_WBC, x_SBC]).to(dtype)
-        weight_WC = self.weight.to(dtype).squeeze(1).t()
-        out = self.bias.to(dtype)
-        for shift, weight_C in enumerate(weight_WC):
-            out = torch.addcmul(out, padded[shift : shift + x_SBC.shape[0]], weight_C)
-        return out.to(x_SBC.dtype)
+        return causal_conv(x_SBC, self.weight, self.bias, halo_WBC)
 
 
 class PreConv(nn.Module):
@@ -60,6 +54,15 @@ class PreConv(nn.Module):
             group = parallel_state.get_tensor_model_parallel_group()
             halo = _Halo.apply(x, self.conv.weight.shape[-1] - 1, group)
         return self.conv(x, halo)
+
+    def added_to(self, h_SBC: Tensor) -> Tensor:
+        """h plus the branch, in one go where its kernels run."""
+        if runs_fused(h_SBC) and not self.sequence_parallel:
+            from megatron_ttt.ops.triton.norm_conv import norm_conv
+
+            norm, conv = self.norm, self.conv
+            return norm_conv(h_SBC, norm.weight, norm.eps, conv.weight, conv.bias)
+        return h_SBC + self(h_SBC)
 
 
 class _Halo(torch.autograd.Function):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ttt.layers.parameters import new_parameter, ones, zeros
+from megatron_ttt.ops.fused import runs_fused
+from megatron_ttt.ops.wide_norm import wide_norm
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -47,45 +48,13 @@ class PostNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size / TP] -> the same shape and dtype."""
         group = parallel_state.get_tensor_model_parallel_group()
-        if group.size() == 1:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return _ShardedLayerNorm.apply(x, self.weight, self.bias, self.eps, group)
+        return wide_norm(x, self.weight, self.bias, self.eps, group)
 
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """gelu(gate) times the norm, in one kernel where it runs."""
+        if runs_fused(x):
+            from megatron_ttt.ops.triton.norm_gate import norm_gate
 
-class _ShardedLayerNorm(torch.autograd.Function):
-    """LayerNorm over columns that lie on several ranks (docs/mathematics.md, parallelism).
-
-    forward: ranks exchange (mean_r, var_r) of each token: mu = mean of mean_r,
-    var = mean of (var_r + (mean_r - mu)^2). backward: (sum g, sum g * xhat), g = weight * dy.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
-        wide = x.to(statistics_dtype(x))
-        var_r, mean_r = torch.var_mean(wide, -1, correction=0)
-        local = torch.stack([mean_r, var_r])
-        gathered = torch.empty((group.size(), *local.shape), dtype=local.dtype, device=x.device)
-        dist.all_gather(list(gathered.unbind(0)), local, group=group)
-        means, variances = gathered[:, 0], gathered[:, 1]
-        mu = means.mean(0)
-        var = (variances + (means - mu).square()).mean(0)
-        rstd = torch.rsqrt(var + eps).unsqueeze(-1)
-        xhat = (wide - mu.unsqueeze(-1)) * rstd
-        ctx.save_for_backward(x, weight, mu, rstd)
-        ctx.group = group
-        return (xhat * weight + bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, mu, rstd = ctx.saved_tensors
-        dtype = statistics_dtype(x)
-        xhat = (x.to(dtype) - mu.unsqueeze(-1)) * rstd
-        dy = dy.to(dtype)
-        g = dy * weight
-        sums = torch.stack([g.sum(-1), (g * xhat).sum(-1)])
-        dist.all_reduce(sums, group=ctx.group)
-        mean_g, mean_gx = (sums / (x.shape[-1] * ctx.group.size())).unsqueeze(-1)
-        dx = (g - mean_g - xhat * mean_gx) * rstd
-        tokens = tuple(range(dy.dim() - 1))
-        dweight, dbias = (dy * xhat).sum(tokens), dy.sum(tokens)
-        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
+            group = parallel_state.get_tensor_model_parallel_group()
+            return norm_gate(x, gate, self.weight, self.bias, self.eps, group)
+        return F.gelu(gate, approximate="tanh") * self(x)

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from megatron_ttt.config import ModelConfig
 from megatron_ttt.layers.conv import CausalConv
-from megatron_ttt.layers.norm import PostNorm
+from megatron_ttt.layers.norm import PostNorm, statistics_dtype
 from megatron_ttt.layers.parameters import new_parameter, normal, ones, zeros
-from megatron_ttt.layers.rope import mini_batch_angles, rotate_pairs
 from megatron_ttt.ops import ttt_scan
+from megatron_ttt.ops.conv_rotate import conv_rotate
+from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
 
 MLP_EXPANSION = 4
 """Width of TTT-MLP's inner hidden layer over head_dim."""
@@ -131,21 +132,21 @@ class TTTMixer(MegatronModule):
             x_SBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
         projected, _ = self.in_proj(x_SBD)
         part = dict(zip(self.parts, projected.chunk(len(self.parts), dim=-1)))
-        if self.model.is_mamba:
-            q, k = self.conv_q(part["q"]), self.conv_k(part["q"])
-        else:
-            q, k = part["q"], part["k"]
-
         angles = mini_batch_angles(
-            x_SBD.shape[0],
             self.model.mini_batch_size,
             self.model.head_dim,
             self.model.rope_theta,
-            like=x_SBD,
+            statistics_dtype(x_SBD),
+            x_SBD.device,
         )
+        if self.model.is_mamba:
+            convolutions = [(conv.weight, conv.bias) for conv in (self.conv_q, self.conv_k)]
+            q, k = conv_rotate(part["q"], convolutions, *angles)
+        else:
+            q, k = (rotate_pairs(self._split_heads(part[name]), *angles) for name in "qk")
         inputs = (
-            rotate_pairs(self._split_heads(q), *angles),
-            rotate_pairs(self._split_heads(k), *angles),
+            q,
+            k,
             self._split_heads(part["v"]),
             self.inner_learning_rate(x_SBD),
             self.token_scale(),
@@ -154,12 +155,13 @@ class TTTMixer(MegatronModule):
             tuple(getattr(self, name) for name in self.state_names),
         )
         if self.observer is not None:
-            self.observer(*inputs[1:], self._split_heads(k))
+            cos, sin = angles
+            self.observer(*inputs[1:], rotate_pairs(k, cos, -sin))
         out_BHLF, _ = ttt_scan(*inputs, backend=self.scan_backend)
-        out_SBD = self.post_norm(out_BHLF.permute(2, 0, 1, 3).flatten(2))
+        out_SBD = out_BHLF.permute(2, 0, 1, 3).flatten(2)
         if "g" in part:
-            out_SBD = F.gelu(part["g"], approximate="tanh") * out_SBD
-        return self.out_proj(out_SBD)
+            return self.out_proj(self.post_norm.gated(out_SBD, part["g"]))
+        return self.out_proj(self.post_norm(out_SBD))
 
     def _split_heads(self, x_SBD: Tensor) -> Tensor:
         """[S, B, H*F] -> [B, H, L, F]."""

@@ -79,7 +79,7 @@ def ttt_scan(
     if backend == "auto":
         backend = choose(q_BHLF, tau_K, state)
     elif backend == "triton":
-        reason = why_not_triton(q_BHLF, tau_K, state)
+        reason = why_not_triton(*facts(q_BHLF, tau_K, state))
         if reason is not None:
             raise ValueError(f"the Triton kernels cannot run this scan: {reason}")
     with torch.autocast(q_BHLF.device.type, enabled=False):
@@ -90,20 +90,30 @@ def choose(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str:
     """The fastest backend for these inputs."""
     if q_BHLF.device.type != "cuda":
         return "torch"
-    reason = why_not_triton(q_BHLF, tau_K, state)
+    reason = why_not_triton(*facts(q_BHLF, tau_K, state))
     if reason is None:
         return "triton"
     say_once(f"ttt_scan runs in PyTorch, not in its Triton kernels: {reason}")
     return "torch"
 
 
-def why_not_triton(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str | None:
-    """What keeps the kernels from these inputs; None if nothing does."""
+def facts(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]):
+    """Of a scan's inputs, what `why_not_triton` asks for."""
+    return q_BHLF.shape[-1], len(tau_K), state[0].dtype, q_BHLF.device.type
+
+
+def why_not_triton(
+    head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str
+) -> str | None:
+    """What keeps the kernels from a scan; None if nothing does.
+
+    dtype: of the state. device: its kind, such as "cuda".
+    """
     try:
         from megatron_ttt.ops.triton.scan import why_not
     except ModuleNotFoundError:
         return "triton is not installed"
-    return why_not(q_BHLF, tau_K, state)
+    return why_not(head_dim, mini_batch_size, dtype, device)
 
 
 @cache

@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pickle
+import queue
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
 
-def asynchronous_save_options() -> dict[str, Any]:
+def mcore_save_options() -> dict[str, Any]:
     """Arguments with which `dist_checkpointing.save` saves in the background by its own means.
 
     From 0.17 on its default is a package of its own, which is not required here.
     """
     parameters = inspect.signature(dist_checkpointing.save).parameters
-    strategy = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
-    return {"async_sharded_save": True, **strategy}
+    return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
+
+
+def use_results_file() -> None:
+    """Let forked writers hand their results over through an unnamed file.
+
+    megatron-core's own means is a helper process of a quarter of a gigabyte per rank, which imports
+    torch at the first save, and outlives a rank that is killed.
+    """
+    name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    importlib.import_module(name)._results_queue = _ResultsFile()
+
+
+class _ResultsFile:
+    """A queue of one item, between a process and its forks."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+
+    def put(self, item: Any) -> None:
+        self._file.seek(0)
+        pickle.dump(item, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
+        finally:
+            self._file.seek(0)
+            self._file.truncate()
+
+
+def guard_common_state(guard: Callable[[], AbstractContextManager]) -> None:
+    """Let later saves write rank 0's common.pt within guard().
+
+    Newer versions have no such file; what was in it is written with the rest.
+    """
+    try:
+        from megatron.core.dist_checkpointing.strategies.base import (
+            StrategyAction,
+            register_default_strategy,
+        )
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    except ImportError:
+        return
+
+    class GuardedStrategy(TorchCommonSaveStrategy):
+        def save_common(self, common_state_dict, checkpoint_dir):
+            with guard():
+                super().save_common(common_state_dict, checkpoint_dir)
+
+    guarded = GuardedStrategy("torch", 1)
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, guarded)

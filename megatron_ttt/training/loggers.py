@@ -7,9 +7,12 @@ wrote up to there is on the disk, since `flush` comes before every save.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +21,12 @@ from megatron_ttt.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+def say(message: str) -> None:
+    """Print a line of the training log; where that is a file on a full disk, do without."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stdout, flush=True)
 
 
 class Logger(Protocol):
@@ -54,29 +63,53 @@ def open_loggers(config: Config, first_step: int) -> list[Logger]:
 
 
 class JsonLines:
-    """metrics.jsonl: one line a step and one a validation."""
+    """metrics.jsonl: one line a step and one a validation. On a full disk lines are kept in memory
+    until there is room."""
 
     def __init__(self, path: Path, first_step: int):
-        kept = _lines_until(path, first_step)
-        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (closed in close)
-        self.file.writelines(kept)
+        # Cut, not written anew: a run killed in between would lose what it had.
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self.file.truncate(_bytes_until(path, first_step))
+        self.unwritten, self.disk_is_full = b"", False
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        self._write_out()
 
     def flush(self) -> None:
-        self.file.flush()
+        self._write_out()
+        if not self.disk_is_full:
+            os.fsync(self.file.fileno())
 
     def close(self, failed: bool) -> None:
+        self._write_out()
+        if self.unwritten:
+            say(f"Warning: the last {self.unwritten.count(10)} lines of {METRICS_FILE} are lost")
         self.file.close()
 
+    def _write_out(self) -> None:
+        """Write what there is; on a full disk the rest stays for the next time."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not self.disk_is_full:
+                say(f"Warning: {METRICS_FILE} cannot be written: {error.strerror}; it is kept")
+        self.disk_is_full = bool(self.unwritten)
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The complete lines of an earlier attempt, up to and with `step`."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+
+def _bytes_until(path: Path, step: int) -> int:
+    """How far the lines of an earlier attempt go, up to and with `step`; they are in order."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            complete = line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except ValueError:
+            complete = False
+        if not complete:
+            break
+        length += len(line)
+    return length
 
 
 class WandB:

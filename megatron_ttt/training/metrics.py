@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import Any
 
 from megatron_ttt.config import Config
 from megatron_ttt.training.live import LiveView
-from megatron_ttt.training.loggers import open_loggers
+from megatron_ttt.training.loggers import open_loggers, say
 
 GIB = 2**30
 
@@ -81,11 +80,6 @@ class MetricsLog:
     def _write(self, record: dict[str, Any]) -> None:
         for logger in self.loggers:
             logger.write(record)
-
-
-def say(message: str) -> None:
-    """Print a line of the training log."""
-    print(message, file=sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,5 @@
-"""Why a run should end before its last step: a signal on any rank, or its time is up.
+"""Why a run should end before its last step: a signal on any rank, its time is up, or its launcher
+is gone.
 
 A stopped run saves and leaves with EXIT_STOPPED; the same command goes on from there.
 """
@@ -16,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher may repeat to each process the signal that its whole group got: not a second one."""
 
-_TIME_IS_UP = 1000
+_TIME_IS_UP, _LAUNCHER_IS_GONE = 1000, 1001
 
 
 class StopRequests:
@@ -25,6 +26,8 @@ class StopRequests:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self._signal, self._received = 0, 0.0
+        # torchrun gives each rank a session of its own: killed, it leaves them behind.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -35,7 +38,7 @@ class StopRequests:
         if not self._signal:
             self._signal, self._received = number, now
 
-    def reason(self, device, exit_after_minutes: float | None) -> str | None:
+    def reason(self, device, exit_after_minutes: float | None = None) -> str | None:
         """Why all ranks should stop now, in words; None to go on. Collective."""
         import torch
         import torch.distributed as dist
@@ -43,11 +46,15 @@ class StopRequests:
         minutes = (time.monotonic() - self.started) / 60
         time_is_up = exit_after_minutes is not None and minutes >= exit_after_minutes
         code = self._signal or (_TIME_IS_UP if time_is_up else 0)
+        if self._launcher not in (None, os.getppid()):
+            code = _LAUNCHER_IS_GONE
         everyones = torch.tensor(code, device=device)
         dist.all_reduce(everyones, dist.ReduceOp.MAX)
         code = int(everyones.item())
         if code == 0:
             return None
+        if code == _LAUNCHER_IS_GONE:
+            return "the launcher was killed"
         if code == _TIME_IS_UP:
             return f"training.exit_after_minutes={exit_after_minutes:g} are over"
         return f"{signal.Signals(code).name} was received"

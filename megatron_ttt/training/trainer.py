@@ -34,13 +34,15 @@ from megatron_ttt.checkpoint.store import (
 )
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
-from megatron_ttt.data.batches import open_data
-from megatron_ttt.errors import UserError
+from megatron_ttt.data.batches import data_files, open_data
+from megatron_ttt.data.identity import check_unchanged, fingerprints
+from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
-from megatron_ttt.training.loggers import check_loggers
-from megatron_ttt.training.metrics import MetricsLog, say
+from megatron_ttt.training.loggers import check_loggers, say
+from megatron_ttt.training.lost import Whereabouts
+from megatron_ttt.training.metrics import MetricsLog
 from megatron_ttt.training.optimizer import (
     build_optimizer,
     gather_parameters,
@@ -55,6 +57,9 @@ from megatron_ttt.training.watch import RunWatch
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
+
+SLOW_SAVE_SECONDS = 10.0
+"""A save that holds training up for less is not worth a warning."""
 
 
 def start(config: Config) -> platforms.Platform:
@@ -79,10 +84,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, platform: platforms.Platform, stop: StopRequests | None = None
+        self,
+        config: Config,
+        platform: platforms.Platform,
+        stop: StopRequests | None = None,
+        at: Whereabouts | None = None,
     ):
-        """stop: what can end the run early; None: nothing does."""
+        """stop: what can end the run early; None: nothing does. at: kept up to date."""
         self.config, self.platform, self.stop = config, platform, stop
+        self.at = at or Whereabouts()
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
@@ -97,7 +107,10 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
-        self.writer = CheckpointWriter(asynchronous=config.checkpoint.asynchronous)
+        self.writer = CheckpointWriter(
+            asynchronous=config.checkpoint.asynchronous, failed=self._save_failed
+        )
+        self.saved_at = time.perf_counter()
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
         self.watch = RunWatch(
@@ -109,7 +122,9 @@ class Trainer:
     def _find_checkpoint(self) -> Checkpoint | None:
         """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
         found = [None]
+        self.data_fingerprints = {}
         if self.is_first_rank:
+            self.data_fingerprints = fingerprints(data_files(self.config))
             remove_leftovers(self.run_dir)
             found = [self._choose_checkpoint()]
         dist.broadcast_object_list(found)
@@ -133,6 +148,8 @@ class Trainer:
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"])
             self._check_data_position(checkpoint)
+            if checkpoint.path.resolve().parent == self.run_dir.resolve():
+                check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
         return checkpoint
 
     def _check_data_position(self, checkpoint: Checkpoint) -> None:
@@ -172,6 +189,11 @@ class Trainer:
         with self._open_log() or nullcontext() as log:
             reason = self._run_steps(log)
         self._wait_for_exports()
+        if self.writer.failure is not None:
+            raise TrainingError(
+                f"the last checkpoint, of step {self.step}, was not saved ({self.writer.failure}): "
+                "make room, and give the same command again"
+            )
         return reason
 
     def _run_steps(self, log: MetricsLog | None) -> str | None:
@@ -182,7 +204,11 @@ class Trainer:
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
+        if self.stop is not None and self.step < last:
+            # A signal during start-up: there is nothing new to save.
+            reason = self.stop.reason(self.platform.device)
         while self.step < last and reason is None:
+            self.at.step, self.at.doing = self.step + 1, "training"
             started = time.perf_counter()
             microbatches = next(batches)
             waited = time.perf_counter() - started
@@ -195,19 +221,25 @@ class Trainer:
             self.watch.look(self.step, figures, microbatches, self.bad_steps_in_a_row)
             self.writer.poll()
             at_end = self.step == last
-            if not at_end and self.stop is not None:
-                reason = self.stop.reason(self.platform.device, config.training.exit_after_minutes)
             if at_end or self._due(config.training.eval_every):
                 self.validate(log)
             due = self._due(config.checkpoint.save_every) or self._milestone_due()
+            reason = None if at_end else self._stop_reason()
             if at_end or due or reason is not None:
                 if log is not None:
                     log.flush()
                 self.save()
+                if not at_end and reason is None:
+                    reason = self._stop_reason()  # a signal during the save: that was the last
         self.writer.wait()
-        if reason is not None and self.is_first_rank:
+        if reason is not None and self.writer.failure is None and self.is_first_rank:
             say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
+
+    def _stop_reason(self) -> str | None:
+        if self.stop is None:
+            return None
+        return self.stop.reason(self.platform.device, self.config.training.exit_after_minutes)
 
     def train_step(self, microbatches: list[torch.Tensor]) -> dict[str, float]:
         """One optimizer step on this rank's microbatches; returns what it measured."""
@@ -251,6 +283,7 @@ class Trainer:
         microbatches = self.data.validation_batches()
         if not microbatches:
             return None
+        self.at.doing = "validating"
         set_inner_lr_scale(self.chunks, 1.0)
         loss = self._run_forward(microbatches)
         self.last_validation = self.step, loss
@@ -260,6 +293,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
+        self.at.doing = "saving"
         gather_parameters(self.ddp_chunks)
         path = self.run_dir / checkpoint_name(self.step)
         state = {
@@ -269,23 +303,47 @@ class Trainer:
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
             "optimizer_checksums": self.watch.optimizer_checksums(self.step),
+            "data": self.data_fingerprints,  # rank 0's, which writes this
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
             state["val_loss"] = loss
         published = partial(self._after_save, path, self.step, self._milestone_due())
+        trained = time.perf_counter() - self.saved_at
         stall = self.writer.save(path, self.chunks, self.optimizer, state, published)
+        self.saved_at = time.perf_counter()
         if self.is_first_rank and self.config.checkpoint.asynchronous:
             say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
+        if self.is_first_rank and stall > max(SLOW_SAVE_SECONDS, trained):
+            say(
+                f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
+                f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
+            )
 
     def _after_save(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
         """What rank 0 does when a checkpoint has its name."""
-        write_pointer(path)
-        if milestone:
-            link_milestone(path, step)
-        prune(self.run_dir, self.config.checkpoint.keep)
         say(f"Saved {path} in {seconds:.1f}s")
+        try:
+            write_pointer(path)
+            if milestone:
+                link_milestone(path, step)
+            prune(self.run_dir, self.config.checkpoint.keep)
+        except OSError as error:
+            say(f"Warning: {path} is good, but what follows a save failed: {error}")
         self._start_exports(path, step, milestone)
+
+    def _save_failed(self, path: Path, why: str) -> None:
+        """What all ranks do when a checkpoint could not be written."""
+        if self.config.checkpoint.on_save_error == "stop":
+            raise TrainingError(
+                f"{path} was not saved ({why}), and checkpoint.on_save_error=stop: make room, and "
+                "give the same command again"
+            )
+        if self.is_first_rank:
+            say(
+                f"Warning: {path} was not saved ({why}): training goes on until the next save; the "
+                "checkpoints before are as they were"
+            )
 
     def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
         """Begin what is to be exported of a checkpoint that was just published."""
@@ -325,8 +383,11 @@ class Trainer:
         """Rank 0 writes the resolved configuration and opens the log; the others have none."""
         if not self.is_first_rank:
             return None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        except OSError as error:
+            raise UserError(f"cannot write to run.dir={self.run_dir}: {error.strerror}") from None
         peak = None
         if self.platform.kind == "cuda":
             peak = peak_flops(torch.cuda.get_device_name())

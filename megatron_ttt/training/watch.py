@@ -20,7 +20,7 @@ from megatron_ttt.training.inner_loop import (
     observe_inner_loop,
     sample_of,
 )
-from megatron_ttt.training.metrics import say
+from megatron_ttt.training.loggers import say
 from megatron_ttt.training.optimizer import gather_parameters
 from megatron_ttt.training.optimizer_checks import (
     Sums,

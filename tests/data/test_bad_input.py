@@ -3,7 +3,9 @@
 import gzip
 import http.server
 import json
+import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 import sentencepiece
 from data_helpers import make_texts, write_shard
 
-from megatron_ttt.data.indexed import IndexedWriter, check_indexed
+from megatron_ttt.data.indexed import check_indexed
 from megatron_ttt.data.preprocess import preprocess
 from megatron_ttt.data.source import Shard
 from megatron_ttt.data.workspace import Workspace
@@ -139,8 +141,10 @@ def test_input_without_tokens_is_refused(tokenizer, tmp_path):
 
 
 class Refuse(http.server.SimpleHTTPRequestHandler):
+    """Answers with the number that the path begins with."""
+
     def do_GET(self):
-        self.send_error(503)
+        self.send_error(int(self.path[1:4]))
 
     do_HEAD = do_GET
 
@@ -148,17 +152,39 @@ class Refuse(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_an_unreadable_url(run, tmp_path):
+@pytest.mark.parametrize("status", [404, 403, 503])
+def test_a_url_that_the_server_refuses(run, tmp_path, status):
     pytest.importorskip("aiohttp")
     pytest.importorskip("fsspec")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/b.json.gz"
-        with pytest.raises(UserError, match=rf"cannot read {url}: .*503"):
+        url = f"http://127.0.0.1:{server.server_port}/{status}/b.json.gz"
+        with pytest.raises(
+            UserError, match=rf"^cannot read {url} \(.*{status}.*check the address"
+        ) as error:
             run(url)
+        assert is_one_clear_line(error)
         assert is_done(tmp_path, "a.json")
         assert run(url, on_error="skip").skipped_shards == 1
         server.shutdown()
+
+
+def is_one_clear_line(error) -> bool:
+    return len(str(error.value).splitlines()) == 1
+
+
+def test_a_url_where_nobody_answers(run, tmp_path):
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("fsspec")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/b.json.gz"
+    with pytest.raises(
+        UserError, match=rf"^cannot read {url} \(.*Refused.*check the address"
+    ) as error:
+        run(url)
+    assert is_one_clear_line(error)
+    assert is_done(tmp_path, "a.json")
 
 
 @pytest.mark.parametrize("flag", ["append_eod", "prepend_bos"])
@@ -181,30 +207,49 @@ def test_a_tokenizer_without_eos_or_bos(run, shards, tmp_path, flag):
     preprocess([str(tmp_path / "a.json")], str(tmp_path / "x"), model)
 
 
-def test_a_full_disk(run, tmp_path, monkeypatch, capsys):
-    write_shard(tmp_path / "b.json", make_texts(20, seed=1))
-    append = IndexedWriter.append
-
-    def full(self, tokens, lengths):
-        if "b.json" in self._bin.path.name:
-            raise OSError(28, "No space left on device")
-        append(self, tokens, lengths)
-
-    monkeypatch.setattr(IndexedWriter, "append", full)
-    with pytest.raises(UserError, match=r"cannot write .*c4: No space left on device.*is kept"):
-        run(tmp_path / "b.json")
-    assert is_done(tmp_path, "a.json")
-    assert not list(tmp_path.rglob("*.partial"))
-    monkeypatch.setattr(IndexedWriter, "append", append)
-    assert run(tmp_path / "b.json").documents == 40
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for one shard."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root mounts a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_for_real(run, tmp_path, tokenizer):
-    """The kernel refuses the write: a limit on the size of a file, in another process."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(small_disk, tokenizer, tmp_path, workers):
+    write_shard(tmp_path / "a.json", GOOD)
     write_shard(tmp_path / "b.json", make_texts(3000, seed=1))
+    command = build_command(tmp_path, small_disk / "c4", tokenizer, workers)
+    stopped = subprocess.run(command, capture_output=True, text=True)
+    assert stopped.returncode == 2
+    *_, last = stopped.stderr.splitlines()
+    assert last.startswith(f"error: cannot write {small_disk}/c4: No space left on device")
+    assert "what was done is kept: run the same command again" in last
+    assert "Traceback" not in stopped.stderr
+    assert Workspace(str(small_disk / "c4")).manifest_path(Shard(f"{tmp_path}/a.json")).exists()
+    assert not list(small_disk.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "1 of 2 shards are done already" in again.stderr
+    assert check_indexed(small_disk / "c4_text_document").documents == 3020
+
+
+def build_command(tmp_path, prefix, tokenizer, workers) -> list:
     tool = Path(__file__).parents[2] / "tools" / "preprocess_c4.py"
-    command = [sys.executable, tool, "--input", f"{tmp_path}/?.json", "--workers", "1"]
-    command += ["--output-prefix", f"{tmp_path}/c4", "--tokenizer-model", tokenizer.model_path]
+    command = [sys.executable, tool, "--input", f"{tmp_path}/?.json", "--workers", str(workers)]
+    return [*command, "--output-prefix", prefix, "--tokenizer-model", tokenizer.model_path]
+
+
+def test_a_file_that_may_not_grow_further(tmp_path, tokenizer):
+    """The kernel refuses the write, of a quota for example: a limit on the size of a file."""
+    write_shard(tmp_path / "a.json", GOOD)
+    write_shard(tmp_path / "b.json", make_texts(3000, seed=1))
+    command = build_command(tmp_path, tmp_path / "c4", tokenizer, workers=1)
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_helpers import write_shard
 
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
 from megatron_ttt.data.tokenizer_training import train_tokenizer
@@ -60,6 +61,19 @@ def test_errors_of_the_reader_reach_the_user(tmp_path):
     shard.write_bytes(b"plain text, and no gzip stream at all")
     with pytest.raises(UserError, match=r"c4\.json\.gz is corrupt"):
         train_tokenizer([str(shard)], str(tmp_path / "t"), 300)
+
+
+def test_what_is_left_out_of_the_training_is_said(shards, tmp_path, capsys):
+    size = sum(len(text.encode()) for text in shards[1][:100])
+    run = ([f"{shards[0]}/*.gz"], str(tmp_path / "t"), 330)
+    train_tokenizer(*run, max_bytes=size)
+    assert "on the first 100 documents (0.0 MB); the rest is left out" in capsys.readouterr().err
+    write_shard(tmp_path / "100.json", shards[1][:100])
+    hundred = train_tokenizer([f"{tmp_path}/100.json"], str(tmp_path / "u"), 330)
+    assert hundred.read_bytes() == (tmp_path / "t.model").read_bytes()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"no text in .* within 0 bytes"):
+        train_tokenizer(*run, max_bytes=0, overwrite=True)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])

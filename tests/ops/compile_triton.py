@@ -14,17 +14,41 @@ import json
 import re
 import subprocess
 import tempfile
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ttt.ops.triton import linear, mlp
+from megatron_ttt.ops.triton import (
+    conv_rotate,
+    linear,
+    mlp_backward,
+    mlp_forward,
+    norm_conv,
+    norm_gate,
+)
 from megatron_ttt.ops.triton.common import GROUP, worth_trying
 
+MODULES = {"linear": (linear, linear), "mlp": (mlp_forward, mlp_backward)}
+KERNELS = [f"{kind}_{way}" for kind in MODULES for way in ("forward", "backward")]
+ROUND = {  # the scan; kernels and their modules
+    "conv_rotate_forward": conv_rotate,
+    "conv_rotate_backward": conv_rotate,
+    "moments": norm_gate,
+    "norm_gate_forward": norm_gate,
+    "row_sums": norm_gate,
+    "norm_gate_backward": norm_gate,
+    "row_scales": norm_conv,
+    "norm_conv_forward": norm_conv,
+    "row_means": norm_conv,
+    "norm_conv_backward": norm_conv,
+}
+KERNELS += ROUND
 TARGETS = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 BATCH, HEADS, MINI_BATCH = 2, 12, 16
@@ -43,13 +67,13 @@ class Recorder:
 
 def source(kernel, args, constants) -> ASTSource:
     """What Triton's launcher makes of these arguments."""
-    function = kernel.fn  # beneath the autotuner
+    function = jitted(kernel)
     signature, attributes = {}, {}
     for i, (parameter, value) in enumerate(zip(function.params, args)):
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
         aligned = isinstance(value, torch.Tensor) or value % 16 == 0
         if aligned and not parameter.do_not_specialize:
             attributes[i,] = [["tt.divisibility", 16]]
@@ -57,30 +81,67 @@ def source(kernel, args, constants) -> ASTSource:
     return ASTSource(function, signature, constexprs=constants, attrs=attributes)
 
 
-def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048) -> dict:
-    """The kernels of a forward and a backward, with the arguments of their launches."""
-    module = {"linear": linear, "mlp": mlp}[kind]
-    recorders = {
-        name: Recorder(getattr(module, name)) for name in (f"{kind}_forward", f"{kind}_backward")
-    }
-    vars(module).update(recorders)
+def jitted(kernel):
+    """The kernel, beneath its autotuner if it has one."""
+    return kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+
+
+@contextmanager
+def recorded(kernels: dict):
+    """The launches of kernels, given by name with their modules, by name as they come."""
+    recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
+    for name, module in kernels.items():
+        setattr(module, name, recorders[name])
+    launches = {}
     try:
         with torch.device("meta"):
-            q, k, v = torch.empty(3, BATCH, HEADS, L, F, dtype=dtype)
-            lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(MINI_BATCH)
-            gamma, beta = torch.empty(2, HEADS, F)
-            widths = (F, F) if kind == "linear" else (F, 4 * F, F)
-            state = [
-                torch.empty(HEADS, rows, n).expand(BATCH, HEADS, rows, n)
-                for m, n in pairwise(widths)
-                for rows in (m, 1)
-            ]
-            shared = q, k, v, lam, tau, gamma, beta
-            out, final, kept = module.forward(*shared, state, GROUP, True)
-            module.backward(*shared, kept, GROUP, out, final)
+            yield launches
     finally:
-        vars(module).update({name: recorder.kernel for name, recorder in recorders.items()})
-    return {name: (recorder.kernel, *recorder.launches[0]) for name, recorder in recorders.items()}
+        for name, module in kernels.items():
+            setattr(module, name, recorders[name].kernel)
+            launches[name] = recorders[name].kernel, recorders[name].launches
+
+
+def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048) -> dict:
+    """The kernels of a forward and a backward, with the arguments of their launches."""
+    forward, backward = MODULES[kind]
+    with recorded({f"{kind}_forward": forward, f"{kind}_backward": backward}) as launches:
+        q, k, v = torch.empty(3, BATCH, HEADS, L, F, dtype=dtype)
+        lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(MINI_BATCH)
+        gamma, beta = torch.empty(2, HEADS, F)
+        widths = (F, F) if kind == "linear" else (F, 4 * F, F)
+        state = [
+            torch.empty(HEADS, rows, n).expand(BATCH, HEADS, rows, n)
+            for m, n in pairwise(widths)
+            for rows in (m, 1)
+        ]
+        shared = q, k, v, lam, tau, gamma, beta
+        out, final, kept = forward.forward(*shared, state, GROUP, True)
+        backward.backward(*shared, kept, GROUP, out, final)
+    return launches
+
+
+def launches_round_the_scan(F: int, dtype: torch.dtype, L: int = 2048) -> dict:
+    """The same of the kernels before and after the scan, on one rank and on one of two."""
+    communicating = {name: vars(norm_gate)[name] for name in ("row_statistics", "dist")}
+    norm_gate.row_statistics = lambda var, mean, *_: (mean, var)
+    norm_gate.dist = SimpleNamespace(all_reduce=lambda *_, **__: None)
+    D = HEADS * F
+    try:
+        with recorded(ROUND) as launches:
+            x, gate, v = torch.empty(L, BATCH, 3 * D, dtype=dtype, requires_grad=True).chunk(3, -1)
+            weight, bias = torch.empty(D, 1, 4, dtype=dtype), torch.empty(D, dtype=dtype)
+            angles = torch.empty(2, MINI_BATCH, F // 2)
+            outputs = [*conv_rotate.conv_rotate(x, [(weight, bias), (weight, bias)], *angles)]
+            for ranks in (1, 2):
+                group = SimpleNamespace(size=lambda ranks=ranks: ranks)
+                outputs.append(norm_gate.norm_gate(v, gate, bias, bias, 1e-6, group))
+            h = torch.empty(L, BATCH, D, dtype=dtype, requires_grad=True)
+            outputs.append(norm_conv.norm_conv(h, bias, 1e-6, weight, bias))
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    finally:
+        vars(norm_gate).update(communicating)
+    return launches
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -97,12 +158,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "local_bytes": stack + local}
 
 
-def compiled(kind: str, name: str, F: int, dtype: torch.dtype, choices: int) -> list[dict]:
-    """One record per target and choice that autotuning tries, of the first few."""
-    kernel, args, constants = launches(kind, F, dtype)[name]
+def compiled(name: str, F: int, dtype: torch.dtype, choices: int) -> list[dict]:
+    """One record per target, launch, and choice that autotuning tries, of the first few."""
+    kind = name.split("_")[0]
+    found = launches(kind, F, dtype) if kind in MODULES else launches_round_the_scan(F, dtype)
+    kernel, launched = found[name]
     records = []
-    for config in worth_trying(kernel.configs, {}, **constants)[:choices]:
-        for target in TARGETS:
+    for (args, constants), target in product(launched, TARGETS):
+        if jitted(kernel) is kernel:
+            constants = dict(constants)
+            configs = [triton.Config({}, num_warps=constants.pop("num_warps", 4), num_stages=1)]
+        else:
+            configs = worth_trying(kernel.configs, {}, **constants)[:choices]
+        for config in configs:
             program = triton.compile(
                 source(kernel, args, {**constants, **config.kwargs}),
                 target=GPUTarget("cuda", target, 32),
@@ -142,12 +210,11 @@ def main() -> None:
     print("| kernel | F | operands | target | BM | warps | registers | local B | shared KiB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     records = []
-    for kind in ("linear", "mlp"):
-        for name in (f"{kind}_forward", f"{kind}_backward"):
-            for F in (64, 96) if arguments.kernel in (None, name) else ():
-                for record in compiled(kind, name, F, torch.bfloat16, arguments.choices):
-                    records.append(record)
-                    print(row(record), flush=True)
+    for name, F in product(KERNELS, (64, 96)):
+        if arguments.kernel in (None, name):
+            for record in compiled(name, F, torch.bfloat16, arguments.choices):
+                records.append(record)
+                print(row(record), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(records, indent=1) + "\n")
 

@@ -33,6 +33,15 @@ def test_checks_and_times_every_form(tmp_path):
     forms = ("triton", "torch", "naive")
     assert timed >= {(kind, form) for kind in ("linear", "mlp") for form in forms}
     assert ("linear", "attention") in timed
+    assert [test["exit_code"] for test in result["tests"]] == [0]
+    around = {(r["what"], r["form"]) for r in result["around"]}
+    assert len(around) == 6 and all(form in ("triton", "torch") for _, form in around)
+    assert not result["left_out"]
+    recipes = [record["recipe"] for record in result["training_steps"]]
+    assert recipes == ["ttt_linear_125m", "ttt_mlp_125m", "transformer_125m"]
+    for name, kernels in result["slowest_kernels"].items():
+        shares = [kernel["share"] for kernel in kernels]
+        assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 1.001, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

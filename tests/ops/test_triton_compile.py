@@ -26,16 +26,18 @@ def records(tmp_path_factory) -> list[dict]:
 
 
 def test_every_variant_compiles(records):
-    """TTT-Linear and TTT-MLP, both passes, heads of 64 and 96, two generations of GPUs."""
+    """Both passes of TTT-Linear, TTT-MLP and what stands round them, heads of 64 and 96, two
+    generations of GPUs."""
+    from compile_triton import KERNELS
+
     variants = {(r["kernel"], r["head_dim"], r["target"]) for r in records}
-    kernels = [f"{kind}_{way}" for kind in ("linear", "mlp") for way in ("forward", "backward")]
-    assert variants == {(k, F, t) for k in kernels for F in (64, 96) for t in ("sm_80", "sm_90")}
+    assert variants == {(k, F, t) for k in KERNELS for F in (64, 96) for t in ("sm_80", "sm_90")}
     assert {r["operands"] for r in records} == {"bfloat16"}
 
 
 def test_shared_memory_fits_a_multiprocessor(records):
     for record in records:
-        assert 0 < record["shared_bytes"] <= record["shared_limit"], record
+        assert 0 <= record["shared_bytes"] <= record["shared_limit"], record
 
 
 def test_heads_of_64_spill_no_more_than_is_known(records):
@@ -47,10 +49,10 @@ def test_heads_of_64_spill_no_more_than_is_known(records):
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing would be compiled")
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "around"])
 def test_one_compilation_serves_every_length(kind):
     """Triton's key of a compiled kernel is the same at every sequence length."""
-    from compile_triton import launches
+    from compile_triton import MODULES, jitted, launches, launches_round_the_scan
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -58,9 +60,15 @@ def test_one_compilation_serves_every_length(kind):
     backend = make_backend(GPUTarget("cuda", 90, 32))
     keys = {}
     for L in (1, 16, 2048, 2053):
-        for name, (kernel, args, constants) in launches(kind, 64, torch.bfloat16, L).items():
-            function = kernel.fn
+        found = (
+            launches(kind, 64, torch.bfloat16, L)
+            if kind in MODULES
+            else launches_round_the_scan(64, torch.bfloat16, L)
+        )
+        for name, (kernel, [(args, constants), *_]) in found.items():
+            function = jitted(kernel)
             bind = create_function_from_signature(function.signature, function.params, backend)
-            constants = {**constants, **kernel.configs[0].kwargs}
+            if function is not kernel:
+                constants = {**constants, **kernel.configs[0].kwargs}
             keys.setdefault(name, set()).add(str(bind(*args, **constants)[1]))
-    assert len(keys) == 2 and all(len(found) == 1 for found in keys.values())
+    assert all(len(found) == 1 for found in keys.values())

@@ -96,9 +96,9 @@ def poisoned():
     def poisoned_new(like, *shape):
         return nans(new(like, *shape))
 
-    from megatron_ttt.ops.triton import linear, mlp
+    from megatron_ttt.ops.triton import linear, mlp_backward, mlp_forward
 
-    linear.new = mlp.new = poisoned_new
+    linear.new = mlp_forward.new = mlp_backward.new = poisoned_new
     torch.empty_like = lambda x: nans(empty_like(x))
     torch.Tensor.new_empty = lambda x, *args, **kwargs: nans(x.new_zeros(*args, **kwargs))
 

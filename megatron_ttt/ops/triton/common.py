@@ -5,6 +5,16 @@ rows are what tensor cores and warps divide among them, and 16 tokens would be t
 would hold, and compute, all of them. The F features are padded to a power of two P (96 becomes
 128). Padded rows, and columns past the end of a ragged mini-batch, are zero wherever they could be
 summed.
+
+Signatures: a name with sizes (W1_ACFM) points to contiguous memory, but for the tokens (q, k, v,
+out and their gradients, [B, H, L, F]) and the initial state ([B, H, ...]): of these, x_b, x_h and
+x_l are the strides of batch, head and sequence, and features are adjacent. All is float32 but
+tokens, and what products alone read again (G, G1, G2, X2), which has DOT, their operands' dtype.
+
+Sizes: B batch, H heads, A = B * H heads of sequences, L sequence, F head dim, P >= F a power of
+two, K mini-batch, GROUP mini-batches from one kept state to the next, C = ceil(ceil(L / K) / GROUP)
+kept states, M hidden width of TTT-MLP. L, C and H are known when a kernel runs, the others when it
+is compiled.
 """
 
 import torch
@@ -34,6 +44,18 @@ def dot(a, b, DOT: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")  # float32 would else be TF32
+
+
+@triton.jit
+def of_head(tau_K, gamma_HF, beta_HF, head, index, features, F: tl.constexpr, K: tl.constexpr):
+    """What stays the same over a head's mini-batches: the causal mask [key, query], tau, its last
+    entry, and gamma and beta [P, 1]."""
+    causal = index[:, None] <= index[None, :]
+    tau = tl.load(tau_K + index)
+    tau_last = tl.load(tau_K + K - 1)
+    gamma = tl.load(gamma_HF + head * F + features, mask=features < F, other=0.0)
+    beta = tl.load(beta_HF + head * F + features, mask=features < F, other=0.0)
+    return causal, tau, tau_last, gamma, beta
 
 
 @triton.jit

@@ -11,8 +11,7 @@ float32's rounding, and it starts afresh from a kept state every GROUP steps. G 
 mini-batch (K = 16, F = 64, bf16); keeping every state instead would be 16.25 KiB, running groups
 again a third pass through the chain of dependent steps, which is what bounds the time.
 
-Sizes: A = B * H heads of sequences, L sequence, F head dim, P >= F a power of two, K mini-batch,
-C = ceil(ceil(L / K) / GROUP) kept states. [P, P] and [1, P] tiles hold W and b.
+Names and sizes are those of `common.py`. [P, P] and [P, 1] tiles hold W, transposed, and b.
 """
 
 import torch
@@ -28,6 +27,7 @@ from megatron_ttt.ops.triton.common import (
     load_tokens,
     new,
     normalise,
+    of_head,
     operand,
     operand_dtype,
     padded,
@@ -62,11 +62,9 @@ def linear_forward(
     real = features < F
     W_tile = tl.arange(0, P)[None, :] * F + features
     in_W = (tl.arange(0, P)[None, :] < F) & real
-    causal = index[:, None] <= index[None, :]  # key, query
-    tau = tl.load(tau_K + index)
-    tau_last = tl.load(tau_K + K - 1)
-    gamma = tl.load(gamma_HF + head * F + features, mask=real, other=0.0)
-    beta = tl.load(beta_HF + head * F + features, mask=real, other=0.0)
+    causal, tau, tau_last, gamma, beta = of_head(
+        tau_K, gamma_HF, beta_HF, head, index, features, F, K
+    )
     W = tl.load(W_BHFF + batch * W_b + head * W_h + W_tile, mask=in_W, other=0.0)
     b = tl.load(b_BH1F + batch * b_b + head * b_h + features, mask=real, other=0.0)
 
@@ -136,11 +134,9 @@ def linear_backward(
     real = features < F
     W_tile = tl.arange(0, P)[None, :] * F + features
     in_W = (tl.arange(0, P)[None, :] < F) & real
-    causal = index[:, None] <= index[None, :]  # key, query
-    tau = tl.load(tau_K + index)
-    tau_last = tl.load(tau_K + K - 1)
-    gamma = tl.load(gamma_HF + head * F + features, mask=real, other=0.0)
-    beta = tl.load(beta_HF + head * F + features, mask=real, other=0.0)
+    causal, tau, tau_last, gamma, beta = of_head(
+        tau_K, gamma_HF, beta_HF, head, index, features, F, K
+    )
     dW = tl.load(dW_final_AFF + a * F * F + W_tile, mask=in_W, other=0.0)
     db = tl.load(db_final_AF + a * F + features, mask=real, other=0.0)
     dgamma, dbeta = tl.zeros((P, 1), tl.float32), tl.zeros((P, 1), tl.float32)

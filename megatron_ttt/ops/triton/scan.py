@@ -4,23 +4,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ttt.ops.triton import linear, mlp
+from megatron_ttt.ops.triton import linear, mlp_backward, mlp_forward
 from megatron_ttt.ops.triton.common import GROUP, INTERPRETED
 
-KERNELS = {2: linear, 4: mlp}  # by the number of tensors in the state
+KERNELS = {  # forward and backward, by the number of tensors in the state
+    2: (linear.forward, linear.backward),
+    4: (mlp_forward.forward, mlp_backward.backward),
+}
 HEAD_DIM = range(16, 129)
 MINI_BATCH = (16, 32, 64)
 
 
-def why_not(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str | None:
-    """What keeps the kernels from these inputs; None if nothing does."""
-    F, K, device = q_BHLF.shape[-1], len(tau_K), q_BHLF.device.type
-    if F not in HEAD_DIM:
-        return f"head_dim is {F}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
-    if K not in MINI_BATCH:
-        return f"mini_batch_size is {K}: they take 16, 32 or 64"
-    if state[0].dtype != torch.float32:
-        return f"they compute in float32, not {state[0].dtype}"
+def why_not(head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str) -> str | None:
+    """What keeps the kernels from a scan; see `ops.why_not_triton`."""
+    if head_dim not in HEAD_DIM:
+        return f"head_dim is {head_dim}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
+    if mini_batch_size not in MINI_BATCH:
+        return f"mini_batch_size is {mini_batch_size}: they take 16, 32 or 64"
+    if dtype != torch.float32:
+        return f"they compute in float32, not {dtype}"
     if device != "cuda" and not INTERPRETED.value:
         return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
     return None
@@ -45,9 +47,10 @@ class Scan(torch.autograd.Function):
         q, k, v = map(with_adjacent_features, (q, k, v))
         lam, tau, gamma, beta = (x.float().contiguous() for x in (lam, tau, gamma, beta))
         state = [W if W[0, 0].is_contiguous() else W.contiguous() for W in state]
-        ctx.kernels, ctx.group = KERNELS[len(state)], group
+        forward, ctx.kernel = KERNELS[len(state)]
+        ctx.group = group
         with torch.cuda.device_of(q):
-            output, final_state, kept = ctx.kernels.forward(
+            output, final_state, kept = forward(
                 q, k, v, lam.flatten(0, 1), tau, gamma, beta, state, group, keep
             )
         if keep:
@@ -67,7 +70,7 @@ class Scan(torch.autograd.Function):
             for d, shape in zip(d_final_state, ctx.state_shapes)
         ]
         with torch.cuda.device_of(q):
-            *d_tokens, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, d_state = ctx.kernels.backward(
+            *d_tokens, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, d_state = ctx.kernel(
                 q, k, v, lam.flatten(0, 1), tau, gamma, beta, kept, ctx.group,
                 d_output, d_final_state,
             )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Errors of a disk while a checkpoint is written, which one rank may have and all must hear of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written; all ranks raise it at the same place."""
+
+
+class HeldErrors:
+    """The first error of this rank in a save, until `together` raises it on all ranks."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Note an error of the disk instead of raising it (torch's own are RuntimeErrors)."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self.first = self.first or _one_line(error)
+
+    def together(self, own: Any = None) -> list[Any]:
+        """Each rank's `own`, in order of ranks. Raises SaveError if any rank holds an error."""
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (own, self.first))
+        for rank, (_, error) in enumerate(everyone):
+            if error is not None:
+                raise SaveError(f"rank {rank}: {error}")
+        return [own for own, _ in everyone]
+
+
+class SaveStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's way to write, but an error in rank 0's last file, .metadata, is held: the
+    other ranks wait for word from it then."""
+
+    def __init__(self, held: HeldErrors):
+        super().__init__("torch_dist", 1)
+        self._held = held
+
+    def _get_save_and_finalize_callbacks(self, writer, *more):
+        finish = writer.finish
+
+        def held_finish(metadata, results):
+            with self._held.hold():
+                finish(metadata, results)
+
+        writer.finish = held_finish
+        return super()._get_save_and_finalize_callbacks(writer, *more)
+
+
+def in_words(error: SaveError | CheckpointException) -> str:
+    """Why a save failed, in one line. Of a CheckpointException only rank 0 knows it."""
+    if isinstance(error, SaveError):
+        return str(error)
+    for rank, (failure, _) in sorted(error.failures.items()):
+        return f"rank {rank}: {_one_line(failure)}"
+    return "on another rank"
+
+
+def _one_line(error: BaseException) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.removeprefix("Worker failure: ")

@@ -1,0 +1,63 @@
+"""The files that a recipe names: tokens and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ttt.config import Config
+from megatron_ttt.data.indexed import check_indexed
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+from megatron_ttt.doctor.findings import Finding
+from megatron_ttt.errors import UserError
+
+
+def check_files(config: Config) -> Iterator[Finding]:
+    """Whether each can be read, and whether the data has the tokens that the run will take."""
+    training, data = config.training, config.data
+    if data.tokenizer_model is not None:
+        yield _tokenizer(data.tokenizer_model, config.model.vocab_size)
+    if data.fixed_batches is not None:
+        yield _fixed_batches(data.fixed_batches)
+    wanted = training.steps * training.global_batch_size * training.seq_length
+    for key, entries in (("train", data.train), ("validation", data.validation)):
+        for prefix in filter(_is_prefix, entries):
+            try:
+                info = check_indexed(prefix)
+            except UserError as error:
+                yield Finding("problem", f"data.{key}", str(error))
+                continue
+            text = f"{prefix}, {info.documents:,} documents, {info.tokens:,} tokens"
+            if key == "train" and len(data.train) == 1 and info.tokens < wanted:
+                passes = wanted / max(info.tokens, 1)
+                yield Finding("note", "data.train", f"{text}: read {passes:.1f} times over")
+            else:
+                yield Finding("good", f"data.{key}", text)
+
+
+def _is_prefix(entry: str) -> bool:
+    """Not one of the weights that may stand between the prefixes."""
+    try:
+        float(entry)
+    except ValueError:
+        return True
+    return False
+
+
+def _tokenizer(path: str, vocab_size: int) -> Finding:
+    try:
+        tokenizer = SentencePieceTokenizer(path)
+        check_vocabulary(tokenizer, vocab_size)
+    except UserError as error:
+        return Finding("problem", "tokenizer", str(error))
+    return Finding("good", "tokenizer", f"{path}, {tokenizer.vocab_size:,} pieces")
+
+
+def _fixed_batches(path: str) -> Finding:
+    try:
+        shape = np.load(path, mmap_mode="r").shape
+    except (OSError, ValueError) as error:
+        return Finding("problem", "data.fixed_batches", f"{path} cannot be read: {error}")
+    return Finding("good", "data.fixed_batches", f"{Path(path)}, {shape}")

@@ -1,0 +1,119 @@
+"""Parameters, FLOPs and checkpoint bytes of a model, and what devices can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by its vendor's data sheet: dense bf16 FLOP/s, memory in GiB (the vendors' GB), bytes
+    a second in one direction over the links to its neighbours in a node."""
+
+    flops: float
+    memory: float
+    link: float
+
+
+# Found by substring of the device's name, the first that fits.
+DEVICES = {
+    "B200": Device(2250e12, 180, 900e9),
+    "H200": Device(989e12, 141, 450e9),
+    "H100 PCIe": Device(756e12, 80, 64e9),
+    "H100": Device(989e12, 80, 450e9),
+    "A100": Device(312e12, 80, 300e9),
+    "L40S": Device(362e12, 48, 32e9),
+    "A6000": Device(155e12, 48, 32e9),
+    "RTX 4090": Device(165e12, 24, 32e9),
+}
+
+
+def find_device(name: str) -> Device:
+    """The device that `--gpu NAME` means. Raises UserError for an unknown one."""
+    for known, device in DEVICES.items():
+        if known.lower() in name.lower():
+            return device
+    raise UserError(f"--gpu {name} is unknown here: name one of {', '.join(DEVICES)}")
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak, FLOP/s; None where it is not known."""
+    return next((d.flops for name, d in DEVICES.items() if name in device_name), None)
+
+
+def count_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters by place: embedding (tied to the head), one layer's mixer, its fp32 part, its FFN,
+    what of a layer tensor parallelism does not cut, and the whole."""
+    D, nh, f, K = model.hidden_size, model.num_heads, model.head_dim, model.mini_batch_size
+    conv = D * model.conv_kernel + D
+    ffn = 3 * D * model.ffn_hidden_size
+    norms = 2 * D
+    fp32 = 0
+    mixer = 4 * D * D
+    replicated = norms
+    if model.is_ttt:
+        state = f * f + f if model.layer == "ttt_linear" else 8 * f * f + 5 * f
+        fp32 = nh * (state + 2 * f + D + 1) + K
+        mixer += fp32 + 2 * D  # post-norm
+        replicated += K
+    if model.is_mamba:
+        mixer += 2 * conv
+        norms += D + conv
+        replicated += D + conv
+    embedding = model.vocab_size * D
+    layer = mixer + ffn + norms
+    return {
+        "embedding": embedding,
+        "mixer": mixer,
+        "fp32": fp32,
+        "ffn": ffn,
+        "replicated": replicated,
+        "layer": layer,
+        "total": embedding + model.num_layers * layer + D,
+    }
+
+
+def parameters_of_rank(config: Config) -> tuple[int, int]:
+    """(parameters, of which float32 in a bf16 model) of a rank of the first or the last stage,
+    which both hold the embedding."""
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    counts = count_parameters(model)
+    layers = model.num_layers // parallel.pipeline_model_parallel_size
+    layer = (counts["layer"] - counts["replicated"]) // tp + counts["replicated"]
+    rows = -(-model.vocab_size // tp)
+    return layers * layer + rows * model.hidden_size + model.hidden_size, layers * (
+        counts["fp32"] // tp
+    )
+
+
+def checkpoint_bytes(config: Config) -> dict[str, int]:
+    """Bytes on disk: of a checkpoint (weights, main weights, two moments), of an export."""
+    counts = count_parameters(config.model)
+    fp32 = config.model.num_layers * counts["fp32"]
+    rounded = counts["total"] - fp32
+    weights = (2 if config.training.precision == "bf16" else 4) * rounded + 4 * fp32
+    # The optimizer's main copy is stored of every parameter, in float32 models too.
+    return {"checkpoint": weights + 12 * counts["total"], "export": weights}
+
+
+def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Model FLOPs of a token's forward pass (docs/mathematics.md, cost)."""
+    D, f, K = model.hidden_size, model.head_dim, model.mini_batch_size
+    scan = {
+        "ttt_linear": D * (6 * f + 4 * K),
+        "ttt_mlp": D * (56 * f + 20 * K),
+        "attention": 2 * D * (seq_length + 1),
+    }[model.layer]
+    layer = scan + 8 * D * D + 6 * D * model.ffn_hidden_size
+    return model.num_layers * layer + 2 * model.vocab_size * D
+
+
+def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Forward and backward, recomputation not counted."""
+    return 3 * forward_flops_per_token(model, seq_length)

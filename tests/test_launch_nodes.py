@@ -1,0 +1,84 @@
+"""The multi-node script on two nodes of one machine: each has its own address and processes."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from launch_helpers import (
+    Node,
+    kubernetes_container,
+    losses,
+    script_environment,
+    tiny_overrides,
+    two_nodes,
+    wait_until,
+)
+
+CONTAINER = kubernetes_container()
+COMMAND = [*CONTAINER["command"], *CONTAINER["args"]]
+"""The command line that the Kubernetes manifest gives to each pod."""
+# Within a node; the nodes are data or pipeline parallel.
+TENSOR_PARALLEL = "parallel.tensor_model_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with two_nodes() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return [*tiny_overrides(folder), TENSOR_PARALLEL, "checkpoint.save_every=6"]
+
+
+@pytest.fixture(scope="module")
+def one_nodes(overrides, tmp_path_factory) -> list[float]:
+    """The losses of two tensor-parallel processes on one node."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    command = [*COMMAND, *overrides, f"run.dir={run_dir}"]
+    subprocess.run(command, env=script_environment(GPUS=2), check=True)
+    return losses(run_dir)
+
+
+def begin(node: Node, rendezvous: Node, command: list[str], log: Path) -> subprocess.Popen:
+    """Start the script on a node, as a person or an orchestrator would on a real one."""
+    return node.start(
+        command,
+        log,
+        NNODES=2,
+        GPUS=2,
+        RDZV_ENDPOINT=f"{rendezvous.address}:29500",
+        # A dead node is noticed after three seconds, not fifteen.
+        RDZV_CONF="keep_alive_interval=1",
+    )
+
+
+def run_on_both(nodes, command, run_dir: Path, kill: int | None = None) -> list[float]:
+    """The losses of a run on two nodes, of which one may be killed and replaced on the way."""
+    log = run_dir.with_suffix(".log")
+    command = [*command, f"run.dir={run_dir}"]
+    scripts = [begin(node, nodes[0], command, log) for node in nodes]
+    if kill is not None:
+        wait_until(lambda: "Step 8:" in log.read_text(), 240, log.read_text)
+        nodes[kill].kill()
+        scripts[kill] = begin(nodes[kill], nodes[0], command, log)
+    assert [script.wait() for script in scripts] == [0, 0], log.read_text()[-6000:]
+    assert ("Resumed from" in log.read_text()) == (kill is not None)
+    return losses(run_dir)
+
+
+def test_data_parallel_across_nodes_and_one_killed(nodes, overrides, one_nodes, tmp_path):
+    command = [*COMMAND, *overrides]
+    whole = run_on_both(nodes, command, tmp_path / "whole")
+    assert whole == pytest.approx(one_nodes, abs=1e-5)
+    assert run_on_both(nodes, command, tmp_path / "killed", kill=1) == whole
+
+
+def test_pipeline_across_nodes_and_the_rendezvous_killed(nodes, overrides, one_nodes, tmp_path):
+    """The node that RDZV_ENDPOINT names goes, and with it every torchrun's store."""
+    pipeline = "parallel.pipeline_model_parallel_size=2"
+    command = [*COMMAND, *overrides, pipeline]
+    killed = run_on_both(nodes, command, tmp_path / "killed", kill=0)
+    assert killed == pytest.approx(one_nodes, abs=1e-5)

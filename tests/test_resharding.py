@@ -1,0 +1,71 @@
+"""A checkpoint of any layout, taken up at any other: the same moments, then the same losses."""
+
+import numpy as np
+import pytest
+import torch
+from harness import Job, model_section, random_official, relative, section
+
+MATRIX = ["one", "tp2", "pp2", "tp2pp2", "dp2"]
+PAIRS = [(source, target) for source in MATRIX for target in MATRIX if source != target]
+SAVED_AT, STEPS = 5, 15
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """The runs that save, and those that go on from what was saved."""
+    job = Job(tmp_path_factory.mktemp("saving"))
+    tokens = job.folder / "tokens.npy"
+    np.save(tokens, np.random.default_rng(1).integers(0, 97, (STEPS, 4, 33)))
+    # 97 entries: the embedding is padded under tensor parallelism.
+    config, parameters = random_official("linear", "mamba", layers=2, width=32, ffn=48, vocab=97)
+    checkpoint = job.import_official("initial", config, parameters)
+    recipe = {
+        "model": model_section(config),
+        "optimizer": {"lr": 3e-3},
+        "training": {
+            "steps": STEPS,
+            "seq_length": 32,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "precision": "fp32",
+        },
+        "data": {"fixed_batches": str(tokens)},
+        "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
+        "parallel": {"bucket_size": 4000},
+    }
+    job.train("whole", "one", recipe)
+    exit_step = f"training.exit_step={SAVED_AT}"
+    for source in MATRIX:
+        job.train(f"{source}-saved", source, recipe, [exit_step], moments=True)
+    job.run()
+    later = Job(tmp_path_factory.mktemp("loading"))
+    for source, target in PAIRS:
+        load = f"checkpoint.load={job.folder}/{source}-saved/checkpoint-{SAVED_AT}"
+        later.train(f"{source}-{target}", target, recipe, [load], moments=True)
+    later.run()
+    return job, later
+
+
+@pytest.mark.parametrize("source,target", PAIRS)
+def test_taken_up_at_another_layout(jobs, source, target):
+    job, later = jobs
+    name = f"{source}-{target}"
+    saved, loaded = job.tensors(f"{source}-saved"), later.tensors(name)
+    moments = section(saved, "last")
+    assert len(moments) > 2 * 20 and later.facts(name)["problems"] == []
+    for moment, value in moments.items():
+        assert value.abs().max() > 0, moment
+        assert torch.equal(loaded[f"first/{moment}"], value), moment
+    losses, grad_norms = job.losses("whole")
+    our_losses, our_grad_norms = later.losses(name, first=SAVED_AT + 1)
+    assert len(our_losses) == STEPS - SAVED_AT == 10
+    assert np.abs(our_losses - losses[SAVED_AT:]).max() < 1e-5
+    assert np.abs(our_grad_norms / grad_norms[SAVED_AT:] - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("source", MATRIX[1:])
+def test_moments_are_those_of_one_process(jobs, source):
+    job, _ = jobs
+    one, ours = job.tensors("one-saved"), job.tensors(f"{source}-saved")
+    for moment, value in section(one, "last").items():
+        assert relative(ours[f"last/{moment}"], value) < 1e-4, moment
