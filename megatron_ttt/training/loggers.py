@@ -113,8 +113,8 @@ def _bytes_until(path: Path, step: int) -> int:
 
 
 class WandB:
-    """Weights & Biases, online or into a folder to be synchronised later. A resumed run has the same
-    run id and gives it the repeated steps again, with their numbers."""
+    """Weights & Biases, online or into a folder to be synchronised later. A resumed run has the
+    same run id and gives it the repeated steps again, with their numbers."""
 
     def __init__(self, config: Config, run_dir: Path):
         import wandb
