@@ -152,7 +152,8 @@ class TrainingConfig:
     max_bad_steps: int = 10
     """Steps whose loss or gradients are not finite are skipped; stop after so many in a row."""
     check_replicas_every: int = 100
-    """Steps between comparisons of the weights' copies on different ranks; 0: none."""
+    """Steps between comparisons of weights and optimizer state with their copies on other ranks,
+    and of bf16 weights with the optimizer's main parameters; 0: only before a save."""
     deterministic: bool = False
     """CUDA: repeat results bit for bit, slower. The CPU always does."""
 

@@ -144,8 +144,8 @@ def draw_inner(run: Run, theme: Theme) -> Figure:
     scale = Normalize(1, max(2, len(layers)))
     for number, layer in enumerate(layers, start=1):
         steps, values = run.curve(f"{layer}/loss_after")
-        marker = "o" if len(steps) == 1 else ""
-        left.plot(steps, values, marker, ls="-", color=colours(scale(number)), linewidth=1.6)
+        marker = "o" if len(steps) == 1 else None
+        left.plot(steps, values, marker=marker, color=colours(scale(number)), linewidth=1.6)
     _finish(left, "inner loss after a mini-batch")
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=left, pad=0.01, aspect=40)
     bar.outline.set_visible(False)

@@ -52,9 +52,9 @@ th { color: var(--quiet); font-weight: 500; font-size: .82rem }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td:first-child { font-weight: 600 }
 code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-weight: 500 }
-.cards { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
-.cards section { padding: .9rem 1.1rem }
-.cards b { display: block; font-size: 1.4rem; font-weight: 650; letter-spacing: -.02em }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)) }
+.cards section { padding: .8rem 1rem }
+.cards b { display: block; font-size: 1.25rem; font-weight: 650; letter-spacing: -.02em }
 .cards span, .none { color: var(--quiet); font-size: .85rem }
 @media (max-width: 720px) { main { grid-template-columns: minmax(0, 1fr) } }
 </style>

@@ -1,8 +1,8 @@
 """Where the records of a run go: metrics.jsonl, Weights & Biases, TensorBoard.
 
 A record is a dict of a `step` and figures, which have the same names everywhere. A resumed run goes
-on from a checkpoint's step: what an earlier attempt wrote of later steps is dropped, and what it
-wrote up to there is on the disk, since `flush` comes before every save.
+on from a checkpoint's step: what an earlier attempt wrote of later steps is dropped (where W&B
+does not keep it), and what it wrote up to there is on the disk, as `flush` comes before every save.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _bytes_until(path: Path, step: int) -> int:
 
 
 class WandB:
-    """Weights & Biases, online or into a folder to be synchronised later; it drops repeated steps
-    of a run id by itself."""
+    """Weights & Biases, online or into a folder to be synchronised later. A resumed run has the
+    same run id and gives it the repeated steps again, with their numbers."""
 
     def __init__(self, config: Config, run_dir: Path):
         import wandb

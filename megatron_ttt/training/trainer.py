@@ -10,7 +10,6 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,21 +22,14 @@ from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
     check_architecture,
-    checkpoint_name,
     find_newest,
-    link_milestone,
-    milestone_name,
     open_checkpoint,
-    prune,
     remove_leftovers,
-    write_pointer,
 )
-from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
 from megatron_ttt.data.identity import check_unchanged, fingerprints
 from megatron_ttt.errors import TrainingError, UserError
-from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.loggers import check_loggers, say
@@ -50,16 +42,11 @@ from megatron_ttt.training.optimizer import (
     step_optimizer,
     wrap_chunks,
 )
+from megatron_ttt.training.saving import Saver
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
 from megatron_ttt.training.stopping import StopRequests
 from megatron_ttt.training.watch import RunWatch
-
-FINAL_MODEL = "final_model"
-"""Folder of the finished model, as a Hugging Face directory, in the run folder."""
-
-SLOW_SAVE_SECONDS = 10.0
-"""A save that holds training up for less is not worth a warning."""
 
 
 def start(config: Config) -> platforms.Platform:
@@ -95,7 +82,6 @@ class Trainer:
         self.at = at or Whereabouts()
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
-        self.exports = BackgroundExports()
         # Everything a user can have got wrong is looked at before the slow building.
         check_loggers(config)
         self.resume_from = self._find_checkpoint()
@@ -107,13 +93,12 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
-        self.writer = CheckpointWriter(
-            asynchronous=config.checkpoint.asynchronous, failed=self._save_failed
-        )
-        self.saved_at = time.perf_counter()
+        self.saver = Saver(config, platform.device)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
-        self.watch = RunWatch(config, self.chunks, self.ddp_chunks, self._run_forward)
+        self.watch = RunWatch(
+            config, self.chunks, self.ddp_chunks, self.optimizer, self._run_forward
+        )
         if self.resume_from is not None:
             self._resume()
 
@@ -169,6 +154,7 @@ class Trainer:
         checkpoint = self.resume_from
         if checkpoint.state["has_optimizer"]:
             load_checkpoint(checkpoint, self.config, self.chunks, self.optimizer)
+            self.watch.check_loaded(checkpoint)
             self.step = checkpoint.step
             self.skipped_steps = checkpoint.state.get("skipped_steps", 0)
         else:
@@ -185,10 +171,10 @@ class Trainer:
         """
         with self._open_log() or nullcontext() as log:
             reason = self._run_steps(log)
-        self._wait_for_exports()
-        if self.writer.failure is not None:
+        self.saver.wait_for_exports()
+        if self.saver.failure is not None:
             raise TrainingError(
-                f"the last checkpoint, of step {self.step}, was not saved ({self.writer.failure}): "
+                f"the last checkpoint, of step {self.step}, was not saved ({self.saver.failure}): "
                 "make room, and give the same command again"
             )
         return reason
@@ -216,7 +202,7 @@ class Trainer:
             if log is not None:
                 log.step(self.step, figures, self.platform.peak_memory_bytes())
             self.watch.look(self.step, figures, microbatches, self.bad_steps_in_a_row)
-            self.writer.poll()
+            self.saver.poll()
             at_end = self.step == last
             if at_end or self._due(config.training.eval_every):
                 self.validate(log)
@@ -228,8 +214,8 @@ class Trainer:
                 self.save()
                 if not at_end and reason is None:
                     reason = self._stop_reason()  # a signal during the save: that was the last
-        self.writer.wait()
-        if reason is not None and self.writer.failure is None and self.is_first_rank:
+        self.saver.wait()
+        if reason is not None and self.saver.failure is None and self.is_first_rank:
             say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
 
@@ -290,80 +276,23 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
+        since = time.perf_counter()
         self.at.doing = "saving"
         gather_parameters(self.ddp_chunks)
-        path = self.run_dir / checkpoint_name(self.step)
         state = {
             "step": self.step,
             "layout": layout(self.config),
             "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
+            "optimizer_checksums": self.watch.optimizer_checksums(self.step),
             "data": self.data_fingerprints,  # rank 0's, which writes this
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
             state["val_loss"] = loss
-        published = partial(self._after_save, path, self.step, self._milestone_due())
-        trained = time.perf_counter() - self.saved_at
-        stall = self.writer.save(path, self.chunks, self.optimizer, state, published)
-        self.saved_at = time.perf_counter()
-        if self.is_first_rank and self.config.checkpoint.asynchronous:
-            say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
-        if self.is_first_rank and stall > max(SLOW_SAVE_SECONDS, trained):
-            say(
-                f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
-                f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
-            )
-
-    def _after_save(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
-        """What rank 0 does when a checkpoint has its name."""
-        say(f"Saved {path} in {seconds:.1f}s")
-        try:
-            write_pointer(path)
-            if milestone:
-                link_milestone(path, step)
-            prune(self.run_dir, self.config.checkpoint.keep)
-        except OSError as error:
-            say(f"Warning: {path} is good, but what follows a save failed: {error}")
-        self._start_exports(path, step, milestone)
-
-    def _save_failed(self, path: Path, why: str) -> None:
-        """What all ranks do when a checkpoint could not be written."""
-        if self.config.checkpoint.on_save_error == "stop":
-            raise TrainingError(
-                f"{path} was not saved ({why}), and checkpoint.on_save_error=stop: make room, and "
-                "give the same command again"
-            )
-        if self.is_first_rank:
-            say(
-                f"Warning: {path} was not saved ({why}): training goes on until the next save; the "
-                "checkpoints before are as they were"
-            )
-
-    def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
-        """Begin what is to be exported of a checkpoint that was just published."""
-        options = self.config.checkpoint
-        if milestone and options.export_milestones:
-            folder = self.run_dir / milestone_name(step)
-            self.exports.start(folder, self.run_dir / f"{folder.name}-hf")
-        wanted = options.export_final
-        if wanted is None:
-            wanted = self.config.data.tokenizer_model is not None
-        if wanted and step == self.config.training.steps:
-            self.exports.start(path, self.run_dir / FINAL_MODEL)
-
-    def _wait_for_exports(self) -> None:
-        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
-        running = torch.ones((), dtype=torch.int32, device=self.platform.device)
-        while True:
-            running.fill_(int(not self.exports.finished()))
-            dist.broadcast(running, src=0)
-            if not running.item():
-                break
-            time.sleep(1.0)
-        for line in self.exports.publish():
-            say(line)
+        milestone = self._milestone_due()
+        self.saver.save(self.chunks, self.optimizer, state, milestone=milestone, since=since)
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
+from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.ops.statistics import InnerStatistics
@@ -21,6 +22,13 @@ from megatron_ttt.training.inner_loop import (
 )
 from megatron_ttt.training.loggers import say
 from megatron_ttt.training.optimizer import gather_parameters
+from megatron_ttt.training.optimizer_checks import (
+    Sums,
+    differing_main_parameters,
+    first_difference,
+    optimizer_checksums,
+    to_json,
+)
 
 REPORT_PAUSE = 100
 """Least steps between two reports of the inner loop's health."""
@@ -34,11 +42,12 @@ class RunWatch:
         config: Config,
         chunks: list[nn.Module],
         ddp_chunks: list[DistributedDataParallel],
+        optimizer,
         run_forward: Callable[[list[Tensor]], object],
     ):
         """run_forward: passes microbatches through the chunks, without gradients."""
         self.config, self.chunks, self.ddp_chunks = config, chunks, ddp_chunks
-        self.run_forward = run_forward
+        self.optimizer, self.run_forward = optimizer, run_forward
         self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
         self.reported_at = -REPORT_PAUSE
 
@@ -72,7 +81,24 @@ class RunWatch:
             )
         every = self.config.training.check_replicas_every
         if every and step % every == 0:
-            self._compare_replicas(step)
+            gather_parameters(self.ddp_chunks)
+            self._check_copies(step)
+
+    def optimizer_checksums(self, step: int) -> dict[str, str]:
+        """Before a save, with current weights: what is in the optimizer, for state.json."""
+        return to_json(self._check_copies(step))
+
+    def check_loaded(self, checkpoint: Checkpoint) -> None:
+        """Raise TrainingError unless the optimizer is what it was when the checkpoint was saved."""
+        saved = checkpoint.state.get("optimizer_checksums")
+        if saved is None:
+            return
+        loaded = to_json(optimizer_checksums(self.chunks, self.optimizer)[0])
+        if difference := first_difference(saved, loaded):
+            raise TrainingError(
+                f"{checkpoint.path} does not give back the optimizer that was saved ({difference} "
+                "differs): it was damaged in memory; go back to an earlier one (checkpoint.load)"
+            )
 
     def _inner_statistics(self, microbatches: list[Tensor]) -> InnerStatistics:
         """On a few of these sequences, with weights and inner learning rate as they are."""
@@ -86,14 +112,26 @@ class RunWatch:
         table = inner_table(self._inner_statistics(microbatches))
         self._say(f"The inner loop at step {step}:\n{table}")
 
-    def _compare_replicas(self, step: int) -> None:
-        gather_parameters(self.ddp_chunks)
-        if differing := differing_replicas(self.chunks):
-            raise TrainingError(
-                f"copies of {len(differing)} parameters differ between ranks at step {step}, "
-                f"{differing[0]} among them: some rank's memory or network is faulty; resume from "
-                "the last checkpoint on other machines"
-            )
+    def _check_copies(self, step: int) -> Sums:
+        """Raise TrainingError where what must be equal is not; return the optimizer's checksums."""
+        sums, differing_state = optimizer_checksums(self.chunks, self.optimizer)
+        for what, names in (
+            ("copies of {} parameters differ between ranks", differing_replicas(self.chunks)),
+            (
+                "copies of the optimizer state of {} parameters differ between ranks",
+                differing_state,
+            ),
+            (
+                "{} parameters are not what the optimizer's main parameters round to",
+                differing_main_parameters(self.chunks, self.optimizer),
+            ),
+        ):
+            if names:
+                raise TrainingError(
+                    f"{what.format(len(names))} at step {step}, {names[0]} among them: some rank's "
+                    "memory or network is faulty; resume from the last checkpoint on other machines"
+                )
+        return sums
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:

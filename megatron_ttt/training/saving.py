@@ -1,0 +1,125 @@
+"""What goes with a save: the pointer, milestones, pruning, exports, and warnings."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ttt.checkpoint.store import (
+    checkpoint_name,
+    link_milestone,
+    milestone_name,
+    prune,
+    write_pointer,
+)
+from megatron_ttt.checkpoint.writer import CheckpointWriter
+from megatron_ttt.config import Config
+from megatron_ttt.errors import TrainingError
+from megatron_ttt.hf.background import BackgroundExports
+from megatron_ttt.training.loggers import say
+
+FINAL_MODEL = "final_model"
+"""Folder of the finished model, as a Hugging Face directory, in the run folder."""
+
+SLOW_SAVE_SECONDS = 10.0
+"""A save that holds training up for less is not worth a warning."""
+
+
+class Saver:
+    """Checkpoints of a run into its folder. All its methods are collective."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.run_dir = Path(config.run.dir)
+        self.is_first_rank = dist.get_rank() == 0
+        self.exports = BackgroundExports()
+        self.writer = CheckpointWriter(
+            asynchronous=config.checkpoint.asynchronous, failed=self._failed
+        )
+        self.poll, self.wait = self.writer.poll, self.writer.wait
+        self.saved_at = time.perf_counter()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last checkpoint was not written; None if it was."""
+        return self.writer.failure
+
+    def save(
+        self,
+        chunks: list[nn.Module],
+        optimizer,
+        state: dict[str, Any],
+        *,
+        milestone: bool,
+        since: float,
+    ) -> None:
+        """Write checkpoint-STEP/ of unwrapped chunks with current weights, and when it has its name
+        what goes with it. state: for state.json (see the writer). since: when training stopped
+        for it, by time.perf_counter."""
+        path = self.run_dir / checkpoint_name(state["step"])
+        published = partial(self._published, path, state["step"], milestone)
+        self.writer.save(path, chunks, optimizer, state, published)
+        stall, trained = time.perf_counter() - since, since - self.saved_at
+        self.saved_at = time.perf_counter()
+        if self.is_first_rank and self.config.checkpoint.asynchronous:
+            say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
+        if self.is_first_rank and stall > max(SLOW_SAVE_SECONDS, trained):
+            say(
+                f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
+                f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
+            )
+
+    def _published(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
+        """What rank 0 does when a checkpoint has its name."""
+        say(f"Saved {path} in {seconds:.1f}s")
+        try:
+            write_pointer(path)
+            if milestone:
+                link_milestone(path, step)
+            prune(self.run_dir, self.config.checkpoint.keep)
+        except OSError as error:
+            say(f"Warning: {path} is good, but what follows a save failed: {error}")
+        self._start_exports(path, step, milestone)
+
+    def _failed(self, path: Path, why: str) -> None:
+        """What all ranks do when a checkpoint could not be written."""
+        if self.config.checkpoint.on_save_error == "stop":
+            raise TrainingError(
+                f"{path} was not saved ({why}), and checkpoint.on_save_error=stop: make room, and "
+                "give the same command again"
+            )
+        if self.is_first_rank:
+            say(
+                f"Warning: {path} was not saved ({why}): training goes on until the next save; the "
+                "checkpoints before are as they were"
+            )
+
+    def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
+        """Begin what is to be exported of a checkpoint that was just published."""
+        options = self.config.checkpoint
+        if milestone and options.export_milestones:
+            folder = self.run_dir / milestone_name(step)
+            self.exports.start(folder, self.run_dir / f"{folder.name}-hf")
+        wanted = options.export_final
+        if wanted is None:
+            wanted = self.config.data.tokenizer_model is not None
+        if wanted and step == self.config.training.steps:
+            self.exports.start(path, self.run_dir / FINAL_MODEL)
+
+    def wait_for_exports(self) -> None:
+        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
+        running = torch.ones((), dtype=torch.int32, device=self.device)
+        while True:
+            running.fill_(int(not self.exports.finished()))
+            dist.broadcast(running, src=0)
+            if not running.item():
+                break
+            time.sleep(1.0)
+        for line in self.exports.publish():
+            say(line)
