@@ -64,9 +64,13 @@ def test_a_container_is_a_command_before_the_script(slurm, tmp_path):
     """CONTAINER stands before the script, SRUN_OPTIONS before that; a refusal is not requeued."""
     log = tmp_path / "log"
     recipe = ["--config", "yaml_recipes/ttt_linear_125m.yaml", "model.depth=3"]
-    slurm = {**slurm, "CONTAINER": "env INSIDE=container", "SRUN_OPTIONS": "--label"}
+    container = tmp_path / "container"
+    container.write_text('#!/bin/sh\necho "inside $1"\nshift\nexec "$@"\n')
+    container.chmod(0o755)
+    slurm = {**slurm, "CONTAINER": f"{container} image", "SRUN_OPTIONS": "--label"}
     options = ["--wait", "--time=5", f"--output={log}"]
     done = subprocess.run(["sbatch", *options, SCRIPT, *recipe], env=slurm, cwd=ROOT)
     assert done.returncode == 2, log.read_text()
-    assert re.search(r"^0: error: unknown key 'model.depth'", log.read_text(), re.M)
+    assert re.search(r"^0: error: .*unknown key 'model.depth'", log.read_text(), re.M)
+    assert "0: inside image\n" in log.read_text()
     assert "queueing again" not in log.read_text()
