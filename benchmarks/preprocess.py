@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time tools/preprocess_c4.py's build against bare SentencePiece on the same text.
+r"""Time tools/preprocess_c4.py's build against bare SentencePiece on the same text.
 
     python benchmarks/preprocess.py --input 'c4/c4-train.0000?-of-01024.json.gz' \
         --tokenizer-model tokenizer.model [--rounds 5] [--workers 2] [--output FILE.json]
