@@ -105,7 +105,7 @@ def test_sigterm_in_every_phase(recipe, indexed, tmp_path, phase):
 
 def test_a_rank_that_hangs_is_named(recipe, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    launcher = start(recipe, run_dir, log, "run.timeout_minutes=0.3")
+    launcher = start(recipe, run_dir, log, "run.timeout_minutes=0.5")
     wait_for(log, "Step 2:", launcher)
     hanging = ranks(launcher)[1]
     hanging.suspend()
