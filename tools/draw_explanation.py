@@ -49,25 +49,25 @@ def main() -> None:
 
 def train(layer: str, steps: int) -> None:
     """One model on one process, unless it is there."""
+    if (RUNS / layer / f"checkpoint-{steps}").exists():
+        return
     python(
         *("pretrain_ttt.py", "--config", RECIPE, f"model.layer={layer}"),
         *(f"run.dir={RUNS / layer}", f"training.steps={steps}", "checkpoint.export_final=false"),
         *("parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"),
-        *(
-            "training.micro_batch_size=4",
-            "training.global_batch_size=4",
-            f"checkpoint.save_every={steps}",
-        ),
+        *("training.micro_batch_size=4", "training.global_batch_size=4"),
+        f"checkpoint.save_every={steps}",
     )
 
 
 def evaluate(layer: str, steps: int) -> list[float]:
     """The validation loss at each position, nats."""
-    output = RUNS / f"{layer}.json"
-    python(
-        *("tools/evaluate.py", "--checkpoint", RUNS / layer / f"checkpoint-{steps}"),
-        *("--json", output, "training.eval_batches=64"),
-    )
+    output = RUNS / layer / f"by_position-{steps}.json"
+    if not output.exists():
+        python(
+            *("tools/evaluate.py", "--checkpoint", RUNS / layer / f"checkpoint-{steps}"),
+            *("--json", output, "training.eval_batches=64"),
+        )
     return [round(loss, 4) for loss in json.loads(output.read_text())["loss_by_position"]]
 
 
@@ -79,66 +79,27 @@ def python(*arguments) -> None:
         raise UserError("the command above failed")
 
 
-def inner_losses(checkpoint: Path) -> list[dict[str, list[float]]]:
-    """By layer and mini-batch, 1/f ||LN(f(k)) - (v - k)||^2 over its tokens: under the initial
-    state, under the state before the mini-batch, and under the state after it; with the mean square
-    of the targets. Averaged over validation sequences and heads."""
+def inner_losses(checkpoint: Path) -> dict[str, list[list[float]]]:
+    """By layer and mini-batch, the inner loss of its last token under the state the sequence starts
+    from, under the state before the mini-batch and under the state after it (ops/statistics.py);
+    means over heads and validation sequences."""
     from megatron_ttt import evaluation
     from megatron_ttt.data.batches import open_data
-    from megatron_ttt.layers import ttt_mixer
+    from megatron_ttt.training.inner_loop import observe_inner_loop
     from megatron_ttt.training.trainer import start
 
     config = evaluation.evaluation_config(str(checkpoint), ["run.device=cpu"])
     evaluator = evaluation.Evaluator(config, start(config), str(checkpoint), None)
-    batches = open_data(config, train=False).validation_batches()[:8]
-    layers: list[list] = [[] for _ in range(config.model.num_layers)]
-    scan, calls = ttt_mixer.ttt_scan, []
+    batches = open_data(config, train=False).validation_batches()
 
-    def watched(*inputs, **options):
-        layers[len(calls) % len(layers)].append(losses_of_scan(scan, *inputs))
-        calls.append(1)
-        return scan(*inputs, **options)
-
-    ttt_mixer.ttt_scan = watched
-    try:
+    def read() -> None:
         for tokens in batches:
-            evaluator.token_losses(tokens)
-    finally:
-        ttt_mixer.ttt_scan = scan
-    return [mean_of(results) for results in layers]
+            evaluator.logits(tokens[:, :-1])
 
-
-def losses_of_scan(scan, q, k, v, lam, tau, gamma, beta, state) -> dict[str, list[float]]:
-    """The inner losses of one layer on one batch, TTT-Linear, mini-batch by mini-batch."""
-    import torch.nn.functional as F
-
-    K = len(tau)
-    initial = state = tuple(W.float().expand(*q.shape[:2], *W.shape[-2:]) for W in state)
-
-    def loss(x, target, state):
-        W, b = state
-        normalised = F.layer_norm(x @ W + b, x.shape[-1:], eps=1e-6)
-        output = gamma.unsqueeze(1) * normalised + beta.unsqueeze(1)
-        return (output - target).square().mean().item()
-
-    losses = {"initial": [], "before": [], "after": [], "target": []}
-    for first in range(0, q.shape[2], K):
-        part = [x[:, :, first : first + K] for x in (q, k, v)]
-        x, target = part[1].float(), (part[2] - part[1]).float()
-        _, after = scan(*part, lam[:, :, first : first + K], tau, gamma, beta, state)
-        losses["initial"].append(loss(x, target, initial))
-        losses["before"].append(loss(x, target, state))
-        losses["after"].append(loss(x, target, after))
-        losses["target"].append(target.square().mean().item())
-        state = after
-    return losses
-
-
-def mean_of(results: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Mean over batches."""
+    seen = observe_inner_loop(evaluator.chunks, read)
     return {
-        name: [round(sum(column) / len(column), 5) for column in zip(*(r[name] for r in results))]
-        for name in results[0]
+        name: [[round(loss, 5) for loss in layer] for layer in getattr(seen, name).tolist()]
+        for name in ("loss_init", "loss_before", "loss_after")
     }
 
 
@@ -153,16 +114,17 @@ def draw_by_position(by_position: dict[str, list[float]], path: Path) -> None:
     save(figure, axes, path)
 
 
-def draw_inner(inner: list[dict[str, list[float]]], path: Path) -> None:
+def draw_inner(inner: dict[str, list[list[float]]], path: Path) -> None:
     """The inner loss of the last layer by mini-batch."""
     figure, axes = new_figure()
     labels = {
-        "initial": "under the initial state W0",
-        "before": "before the mini-batch's step",
-        "after": "after the mini-batch's step",
+        "loss_init": "under the initial state W0",
+        "loss_before": "before the mini-batch's step",
+        "loss_after": "after the mini-batch's step",
     }
     for name, label in labels.items():
-        axes.plot(range(1, len(inner[-1][name]) + 1), inner[-1][name], "o-", ms=3, label=label)
+        losses = inner[name][-1]
+        axes.plot(range(1, len(losses) + 1), losses, "o-", ms=3, label=label)
     axes.set(xlabel="mini-batch of 16 tokens", ylabel="inner loss, last layer")
     save(figure, axes, path)
 
