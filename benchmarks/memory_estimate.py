@@ -84,7 +84,7 @@ def measure(recipe: str, overrides: list[str]) -> dict:
         for step_ids in torch.from_numpy(ids):
             trainer.train_step([step_ids])
     measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    memory = memory_per_rank(config, 1)
+    memory = memory_per_rank(config, 1, on_cpu=True)
     estimated = sum(memory.values()) * 2**30
     return {
         "config": recipe,

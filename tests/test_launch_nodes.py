@@ -1,10 +1,12 @@
 """The multi-node script on two nodes of one machine: each has its own address and processes."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 from launch_helpers import (
+    STEPS,
     Node,
     kubernetes_container,
     losses,
@@ -42,16 +44,18 @@ def one_nodes(overrides, tmp_path_factory) -> list[float]:
     return losses(run_dir)
 
 
-def begin(node: Node, rendezvous: Node, command: list[str], log: Path) -> subprocess.Popen:
+def begin(
+    node: Node, rendezvous: Node, command: list[str], log: Path, nnodes: str = "2"
+) -> subprocess.Popen:
     """Start the script on a node, as a person or an orchestrator would on a real one."""
     return node.start(
         command,
         log,
-        NNODES=2,
+        NNODES=nnodes,
         GPUS=2,
         RDZV_ENDPOINT=f"{rendezvous.address}:29500",
-        # A dead node is noticed after three seconds, not fifteen.
-        RDZV_CONF="keep_alive_interval=1",
+        # A dead node is noticed after three seconds, not fifteen, and waited for five, not thirty.
+        RDZV_CONF="keep_alive_interval=1,last_call_timeout=5",
     )
 
 
@@ -82,3 +86,23 @@ def test_pipeline_across_nodes_and_the_rendezvous_killed(nodes, overrides, one_n
     command = [*COMMAND, *overrides, pipeline]
     killed = run_on_both(nodes, command, tmp_path / "killed", kill=0)
     assert killed == pytest.approx(one_nodes, abs=1e-5)
+
+
+def replicas(run_dir: Path, step: int) -> int:
+    """The data-parallel size that a checkpoint was written at."""
+    state = json.loads((run_dir / f"checkpoint-{step}/state.json").read_text())
+    return state["layout"]["data"]
+
+
+def test_a_node_that_stays_away_is_done_without(nodes, overrides, one_nodes, tmp_path):
+    """NNODES=1:2: the data-parallel run ends on the node that is left."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [*COMMAND, *overrides, f"run.dir={run_dir}"]
+    scripts = [begin(node, nodes[0], command, log, nnodes="1:2") for node in nodes]
+    wait_until(lambda: "Step 8:" in log.read_text(), 240, log.read_text)
+    assert replicas(run_dir, 6) == 2
+    nodes[1].kill()
+    assert scripts[0].wait() == 0, log.read_text()[-6000:]
+    assert "Resumed from" in log.read_text()
+    assert replicas(run_dir, STEPS) == 1
+    assert losses(run_dir) == pytest.approx(one_nodes, abs=1e-5)

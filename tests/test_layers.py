@@ -27,17 +27,17 @@ def randomise(module):
 
 
 def test_causal_conv_is_conv1d(core):
-    from megatron_ttt.layers.conv import CausalConv
+    from megatron_ttt.layers.conv import conv_weights
+    from megatron_ttt.ops.conv_rotate import causal_conv
 
-    conv = randomise(CausalConv(core, 6, 4, sharded=False))
+    weight, bias = randomise(conv_weights(core, 6, 4, sharded=False))()
     x = torch.randn(9, 2, 6, dtype=torch.float64, requires_grad=True)
-    ours = conv(x)
-    theirs = F.conv1d(F.pad(x.permute(1, 2, 0), (3, 0)), conv.weight, conv.bias, groups=6).permute(
-        2, 0, 1
-    )
+    ours = causal_conv(x, weight, bias)
+    theirs = F.conv1d(F.pad(x.permute(1, 2, 0), (3, 0)), weight, bias, groups=6)
+    theirs = theirs.permute(2, 0, 1)
     assert relative(ours, theirs) < 1e-14
     upstream = torch.randn_like(ours)
-    inputs = (x, conv.weight, conv.bias)
+    inputs = (x, weight, bias)
     for a, b in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream)
     ):
@@ -45,12 +45,13 @@ def test_causal_conv_is_conv1d(core):
 
 
 def test_causal_conv_goes_on_from_a_halo(core):
-    from megatron_ttt.layers.conv import CausalConv
+    from megatron_ttt.layers.conv import conv_weights
+    from megatron_ttt.ops.conv_rotate import causal_conv
 
-    conv = randomise(CausalConv(core, 6, 4, sharded=False))
+    weights = randomise(conv_weights(core, 6, 4, sharded=False))()
     x = torch.randn(12, 2, 6, dtype=torch.float64)
-    parts = torch.cat([conv(x[:5]), conv(x[5:], x[2:5])])
-    assert relative(parts, conv(x)) < 1e-14
+    parts = torch.cat([causal_conv(x[:5], *weights), causal_conv(x[5:], *weights, x[2:5])])
+    assert relative(parts, causal_conv(x, *weights)) < 1e-14
 
 
 def test_rms_norm_casts_before_its_weight(core):
@@ -105,3 +106,30 @@ def test_masked_loss_is_averaged_by_sequence_first():
     expected = ((1 + 3 + 4) / 3 + 40 + 0) / 3
     assert sequence_mean_loss(losses, labels, 1).item() == pytest.approx(expected)
     assert sequence_mean_loss(losses, labels, None).item() == pytest.approx(losses.mean().item())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, backbone, fused):
+    """DDP waits in front of these calls for weights that are still on their way."""
+    from megatron_ttt.config import load_config
+    from megatron_ttt.layers import conv, norm
+    from megatron_ttt.model import build_chunks, core_config, initialise_weights
+    from megatron_ttt.ops.triton import norm_conv, norm_gate
+
+    if fused:
+        monkeypatch.setattr(conv, "runs_fused", lambda x: True)
+        monkeypatch.setattr(norm, "runs_fused", lambda x: True)
+        monkeypatch.setattr(norm_conv, "norm_conv", lambda h, *weights: h)
+        monkeypatch.setattr(norm_gate, "norm_gate", lambda x, *others: x)
+    config = load_config(["yaml_recipes/debug_cpu.yaml"], [f"model.backbone={backbone}"])
+    (chunk,) = build_chunks(config, core_config(config, cpu_platform))
+    initialise_weights(chunk, config.model, seed=0)
+    called = set()
+    for name, module in chunk.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        chunk(ids, None, None, labels=ids)
+    owners = {name for name, module in chunk.named_modules() if list(module.parameters(False))}
+    assert len(owners) > 10 and owners <= called, owners - called

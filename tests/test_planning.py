@@ -82,7 +82,7 @@ def test_checkpoint_bytes_are_those_on_disk(tmp_path):
 def test_more_processes_hold_and_more_microbatches_wait():
     def total(*overrides, dp=1, on_cpu=False):
         config = load_config([RECIPES / "ttt_mlp_1b.yaml"], [*overrides])
-        return sum(memory_per_rank(config, dp, on_cpu).values())
+        return sum(memory_per_rank(config, dp, on_cpu=on_cpu).values())
 
     tp2 = "parallel.tensor_model_parallel_size=2"
     assert total(tp2, "parallel.sequence_parallel=true") < total(tp2) < total()
@@ -104,7 +104,7 @@ def test_a_ranking_holds_only_what_can_be_trained_and_fits():
     for layout in layouts:
         chosen = load_config([RECIPES / "ttt_mlp_1b.yaml"], layout.overrides())
         assert check_layout(chosen, 64) == layout.data
-        assert sum(memory_per_rank(chosen, layout.data, False).values()) <= 20.01
+        assert sum(memory_per_rank(chosen, layout.data, on_cpu=False).values()) <= 20.01
         assert step_seconds(chosen, 64, device, 0.4)["seconds"] == pytest.approx(
             layout.step_seconds, abs=1e-4
         )

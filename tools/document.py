@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
-ERRORS = ("UserError", "TrainingError", "ShardError")
+ERRORS = ("UserError", "TrainingError", "LostRankError", "ShardError")
 INTRODUCTION = """# Configuration reference
 
 A recipe is a YAML file of these sections. On the command line a key is `section.key=value`; a later
@@ -121,7 +121,7 @@ def documented_fields(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
 
 
 def error_messages() -> dict[str, str]:
-    """Every message of a UserError, TrainingError or ShardError and the file it is in.
+    """Every message of the project's own errors, and the file it is in.
 
     What is filled in while the program runs stands as …; an error that passes on a message made
     elsewhere has none of its own.

@@ -83,6 +83,9 @@ if "$PYTHON" -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' \
     rdzv_conf=is_host=true${rdzv_conf:+,$rdzv_conf}
 fi
 
+# A store for each attempt: in one that torchrun keeps over its restarts, processes find the addresses
+# of dead ones (github.com/pytorch/pytorch/issues/135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch=(
     "$PYTHON" -m torch.distributed.run
     --nnodes "$nnodes" --nproc-per-node "$gpus" --max-restarts "$max_restarts"

@@ -72,7 +72,7 @@ def trial_config(config: Config, processes: int, on_gpu: bool) -> tuple[Config, 
     if not on_gpu:
         reason = "on the CPU"
     else:
-        needed = sum(memory_per_rank(config, dp).values())
+        needed = sum(memory_per_rank(config, dp, on_cpu=False).values())
         held = torch.cuda.mem_get_info()[0] / GIB
         reason = f"the whole needs {needed:.0f} GiB of {held:.0f}"
         reason = reason if needed > MEMORY_SHARE * held else ""

@@ -17,4 +17,4 @@ class TTTBlock(TransformerLayer):
 
     def forward(self, hidden_states, *args, **kwargs):
         """[S, B, D] -> ([S, B, D], context), as TransformerLayer."""
-        return super().forward(self.pre_conv.added_to(hidden_states), *args, **kwargs)
+        return super().forward(self.pre_conv(hidden_states), *args, **kwargs)

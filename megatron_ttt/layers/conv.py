@@ -10,59 +10,49 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_ttt.layers.norm import RMSNorm
-from megatron_ttt.layers.parameters import lecun_normal, new_parameter, zeros
+from megatron_ttt.layers.norm import RMSNorm, rms_norm
+from megatron_ttt.layers.parameters import Weights, lecun_normal, new_parameter, zeros
 from megatron_ttt.ops.conv_rotate import causal_conv
 from megatron_ttt.ops.fused import runs_fused
 
 
-class CausalConv(nn.Module):
-    """Depthwise causal convolution with bias and no activation, width `config.conv_kernel`.
+def conv_weights(config, channels: int, width: int, *, sharded: bool) -> Weights:
+    """Weight [C, 1, W] and bias [C] of a depthwise causal convolution without activation.
 
     sharded: the channels are this rank's heads' (conv_q, conv_k); else all of them (pre-conv).
     """
-
-    def __init__(self, config, channels: int, width: int, *, sharded: bool):
-        super().__init__()
-        dim = 0 if sharded else None
-        self.weight = new_parameter(
-            config, (channels, 1, width), lecun_normal(width), shard_dim=dim
-        )
-        self.bias = new_parameter(config, (channels,), zeros, shard_dim=dim)
-
-    def forward(self, x_SBC: Tensor, halo_WBC: Tensor | None = None) -> Tensor:
-        """Convolve tokens, preceded by the W-1 tokens `halo_WBC` (zeros at a sequence's start)."""
-        return causal_conv(x_SBC, self.weight, self.bias, halo_WBC)
+    dim = 0 if sharded else None
+    return Weights(
+        weight=new_parameter(config, (channels, 1, width), lecun_normal(width), shard_dim=dim),
+        bias=new_parameter(config, (channels,), zeros, shard_dim=dim),
+    )
 
 
 class PreConv(nn.Module):
-    """The Mamba backbone's first branch: conv(RMSNorm(h)), added to the residual by the block."""
+    """The Mamba backbone's first branch: h + conv(RMSNorm(h))."""
 
     def __init__(self, config, hidden_size: int, width: int):
         super().__init__()
-        self.norm = RMSNorm(config, hidden_size, config.layernorm_epsilon)
-        self.conv = CausalConv(config, hidden_size, width, sharded=False)
-        self.sequence_parallel = config.sequence_parallel
+        self.eps = config.layernorm_epsilon
+        self.norm = Weights(weight=RMSNorm(config, hidden_size).weight)
+        self.conv = conv_weights(config, hidden_size, width, sharded=False)
+        self.width, self.sequence_parallel = width, config.sequence_parallel
         for parameter in self.conv.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, h_SBC: Tensor) -> Tensor:
         """h [S, B, C] (under sequence parallelism this rank's stretch of tokens) -> the same."""
-        x = self.norm(h_SBC)
-        halo = None
-        if self.sequence_parallel:
-            group = parallel_state.get_tensor_model_parallel_group()
-            halo = _Halo.apply(x, self.conv.weight.shape[-1] - 1, group)
-        return self.conv(x, halo)
-
-    def added_to(self, h_SBC: Tensor) -> Tensor:
-        """h plus the branch, in one go where its kernels run."""
+        (scale_C,), (weight_C1W, bias_C) = self.norm(), self.conv()
         if runs_fused(h_SBC) and not self.sequence_parallel:
             from megatron_ttt.ops.triton.norm_conv import norm_conv
 
-            norm, conv = self.norm, self.conv
-            return norm_conv(h_SBC, norm.weight, norm.eps, conv.weight, conv.bias)
-        return h_SBC + self(h_SBC)
+            return norm_conv(h_SBC, scale_C, self.eps, weight_C1W, bias_C)
+        x_SBC = rms_norm(h_SBC, scale_C, self.eps)
+        halo = None
+        if self.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            halo = _Halo.apply(x_SBC, self.width - 1, group)
+        return h_SBC + causal_conv(x_SBC, weight_C1W, bias_C, halo)
 
 
 class _Halo(torch.autograd.Function):

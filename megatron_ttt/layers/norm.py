@@ -17,8 +17,14 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension in at least float32, cast back, times `weight`."""
+    normalised = F.rms_norm(x.to(statistics_dtype(x)), x.shape[-1:], eps=eps)
+    return normalised.to(x.dtype) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) in at least float32, cast back, times a weight.
+    """`rms_norm` as a module.
 
     Takes the place of any of megatron-core's norms; under sequence parallelism, where each rank
     sees its tokens only, the weight's gradient is summed over TP ranks.
@@ -32,8 +38,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> the same shape and dtype."""
-        normalised = F.rms_norm(x.to(statistics_dtype(x)), x.shape[-1:], eps=self.eps)
-        return normalised.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PostNorm(nn.Module):
@@ -45,16 +50,13 @@ class PostNorm(nn.Module):
         self.weight = new_parameter(config, (hidden_size,), ones, shard_dim=0)
         self.bias = new_parameter(config, (hidden_size,), zeros, shard_dim=0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden_size / TP] -> the same shape and dtype."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x [..., hidden_size / TP] -> the same shape and dtype; times gelu(gate) if there is one,
+        in one kernel where it runs."""
         group = parallel_state.get_tensor_model_parallel_group()
-        return wide_norm(x, self.weight, self.bias, self.eps, group)
-
-    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """gelu(gate) times the norm, in one kernel where it runs."""
-        if runs_fused(x):
+        if gate is not None and runs_fused(x):
             from megatron_ttt.ops.triton.norm_gate import norm_gate
 
-            group = parallel_state.get_tensor_model_parallel_group()
             return norm_gate(x, gate, self.weight, self.bias, self.eps, group)
-        return F.gelu(gate, approximate="tanh") * self(x)
+        out = wide_norm(x, self.weight, self.bias, self.eps, group)
+        return out if gate is None else F.gelu(gate, approximate="tanh") * out

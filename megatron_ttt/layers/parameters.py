@@ -47,6 +47,23 @@ def lecun_normal(fan_in: int) -> Initialiser:
     return fill
 
 
+class Weights(nn.Module):
+    """Parameters of an operation that is no module; the call hands them out.
+
+    They are to be had by calls alone: while megatron-core's DDP gathers weights in the background,
+    it waits for a module's own when that module is called.
+    """
+
+    def __init__(self, **parameters: nn.Parameter):
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def forward(self) -> tuple[nn.Parameter, ...]:
+        """The parameters, in the order they were given."""
+        return tuple(self.parameters())
+
+
 def new_parameter(
     config,
     shape: tuple[int, ...],

@@ -25,9 +25,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_ttt.config import ModelConfig
-from megatron_ttt.layers.conv import CausalConv
+from megatron_ttt.layers.conv import conv_weights
 from megatron_ttt.layers.norm import PostNorm, statistics_dtype
-from megatron_ttt.layers.parameters import new_parameter, normal, ones, zeros
+from megatron_ttt.layers.parameters import Weights, new_parameter, normal, ones, zeros
 from megatron_ttt.ops import ttt_scan
 from megatron_ttt.ops.conv_rotate import conv_rotate
 from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
@@ -102,8 +102,8 @@ class TTTMixer(MegatronModule):
         )
         self.post_norm = PostNorm(config, D)
         if model.is_mamba:
-            self.conv_q = CausalConv(config, D, model.conv_kernel, sharded=True)
-            self.conv_k = CausalConv(config, D, model.conv_kernel, sharded=True)
+            self.conv_q = conv_weights(config, D, model.conv_kernel, sharded=True)
+            self.conv_k = conv_weights(config, D, model.conv_kernel, sharded=True)
 
         def per_head(shape, initialiser):
             return new_parameter(config, (nh, *shape), initialiser, shard_dim=0, fp32=True)
@@ -140,8 +140,7 @@ class TTTMixer(MegatronModule):
             x_SBD.device,
         )
         if self.model.is_mamba:
-            convolutions = [(conv.weight, conv.bias) for conv in (self.conv_q, self.conv_k)]
-            q, k = conv_rotate(part["q"], convolutions, *angles)
+            q, k = conv_rotate(part["q"], [self.conv_q(), self.conv_k()], *angles)
         else:
             q, k = (rotate_pairs(self._split_heads(part[name]), *angles) for name in "qk")
         inputs = (
@@ -159,9 +158,7 @@ class TTTMixer(MegatronModule):
             self.observer(*inputs[1:], rotate_pairs(k, cos, -sin))
         out_BHLF, _ = ttt_scan(*inputs, backend=self.scan_backend)
         out_SBD = out_BHLF.permute(2, 0, 1, 3).flatten(2)
-        if "g" in part:
-            return self.out_proj(self.post_norm.gated(out_SBD, part["g"]))
-        return self.out_proj(self.post_norm(out_SBD))
+        return self.out_proj(self.post_norm(out_SBD, part.get("g")))
 
     def _split_heads(self, x_SBD: Tensor) -> Tensor:
         """[S, B, H*F] -> [B, H, L, F]."""
@@ -195,7 +192,7 @@ class TTTMixer(MegatronModule):
         sharded = make_sharded_tensors_for_checkpoint(own, prefix, per_head, sharded_offsets)
         for name, module in self.named_children():
             child_prefix = f"{prefix}{name}."
-            if isinstance(module, CausalConv | PostNorm):
+            if isinstance(module, Weights | PostNorm):
                 shard_dims = {key: 0 for key, _ in module.named_parameters()}
                 child = make_sharded_tensors_for_checkpoint(
                     module.state_dict(keep_vars=True), child_prefix, shard_dims, sharded_offsets

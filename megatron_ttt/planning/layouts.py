@@ -75,7 +75,7 @@ def step_seconds(config: Config, world_size: int, device: Device, mfu: float) ->
 
 
 def rank_layouts(
-    config: Config, world_size: int, device: Device, mfu: float, memory_gib: float, on_cpu=False
+    config: Config, world_size: int, device: Device, mfu: float, memory_gib: float
 ) -> list[Layout]:
     """Every layout that `world_size` GPUs of `memory_gib` can take, the fastest first.
 
@@ -88,7 +88,7 @@ def rank_layouts(
             candidate.training.recompute = recompute
             parallel, training = candidate.parallel, candidate.training
             dp = world_size // parallel.model_parallel_size
-            memory = sum(memory_per_rank(candidate, dp, on_cpu).values())
+            memory = sum(memory_per_rank(candidate, dp, on_cpu=False).values())
             if memory > memory_gib:
                 continue
             time = step_seconds(candidate, world_size, device, mfu)

@@ -27,7 +27,7 @@ LIBRARIES = 40 * 2**20
 """Code and caches that the first step brings in on the CPU."""
 
 
-def memory_per_rank(config: Config, dp: int, on_cpu: bool = True) -> dict[str, float]:
+def memory_per_rank(config: Config, dp: int, *, on_cpu: bool) -> dict[str, float]:
     """GiB of the fullest rank, by what they are for; their sum is the peak.
 
     dp: the data-parallel size. on_cpu: resident memory of a process on the CPU, else what PyTorch
@@ -76,7 +76,7 @@ def _activations(
     chunk_layers = model.num_layers // (pp * chunks)
     in_flight = chunk_layers * _in_flight(pp, chunks, stage, microbatches)
 
-    one_layer, states = kept_of_layer(config), kept_states(config, on_cpu)
+    one_layer, states = kept_of_layer(config, on_cpu), kept_states(config, on_cpu)
     layer_input = w * rows * model.hidden_size
     backward = 4 * w * tokens * model.ffn_hidden_size / tp
     if training.recompute:
@@ -126,8 +126,9 @@ def _in_flight(pp: int, chunks: int, stage: int, microbatches: int) -> int:
     return min((pp - stage - 1) * 2 + (chunks - 1) * pp + 1, microbatches * chunks)
 
 
-def kept_of_layer(config: Config) -> list[float]:
-    """Bytes of each tensor that one layer keeps for its backward on a rank, but for the states."""
+def kept_of_layer(config: Config, on_cpu: bool) -> list[float]:
+    """Bytes of each tensor that one layer keeps for its backward on a rank, but for the states. On
+    a GPU convolutions and gate run in kernels that keep their inputs alone (ops/fused.py)."""
     model, training, parallel = config.model, config.training, config.parallel
     w, tp, D = _width(config), parallel.tensor_model_parallel_size, model.hidden_size
     tokens = training.micro_batch_size * training.seq_length
@@ -153,8 +154,13 @@ def kept_of_layer(config: Config) -> list[float]:
     if w == 2:
         kept += [4 * whole]  # into the learning-rate gate
     kept += [w * cut, w * cut]  # into the post-norm, into the output projection
-    if model.is_mamba:
+    if not model.is_mamba:
+        return kept
+    if on_cpu or parallel.sequence_parallel:
         kept += [*norm(), 4 * rows]  # pre-conv: its norm, the padded input
+    else:
+        kept += [w * rows]
+    if on_cpu:
         kept += [4 * cut, 4 * cut]  # the padded inputs of conv_q and conv_k
         kept += [w * cut, w * cut]  # gelu of the gate, and what it multiplies
     return kept

@@ -18,6 +18,8 @@ from megatron_ttt.planning.layouts import rank_layouts, step_seconds
 from megatron_ttt.planning.memory import memory_per_rank
 
 SUGGESTIONS = 3
+USUAL_MFU = 0.4
+"""What layouts are ranked with where no --mfu is given."""
 
 
 def dry_run(
@@ -47,7 +49,7 @@ def dry_run(
     on_cpu = device is None and _runs_on_cpu(config)
     tokens_per_step = training.global_batch_size * training.seq_length
     flops = training_flops_per_token(config.model, training.seq_length)
-    memory = memory_per_rank(config, dp, on_cpu)
+    memory = memory_per_rank(config, dp, on_cpu=on_cpu)
     plan = {
         "parameters": count_parameters(config.model)["total"],
         "world_size": world_size,
@@ -72,7 +74,7 @@ def dry_run(
         plan["step_seconds"] = round(time["seconds"], 4)
         plan["hours"] = round(time["seconds"] * training.steps / 3600, 2)
     room = device.memory if memory_gib is None else memory_gib
-    layouts = rank_layouts(config, world_size, device, mfu or 1.0, room)
+    layouts = rank_layouts(config, world_size, device, mfu or USUAL_MFU, room)
     plan["fits"] = plan["memory_gib_per_rank"]["total"] <= room
     plan["layouts"] = [layout.as_dict() for layout in layouts[:SUGGESTIONS]]
     return plan
