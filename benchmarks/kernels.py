@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -133,7 +134,11 @@ class Benchmark:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         running = {
             part: subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                [*command, *arguments],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
             for part, arguments in parts.items()
         }
@@ -143,7 +148,7 @@ class Benchmark:
                 ends = self.started + SHARE_OF_TESTS * self.seconds_in_all
                 output, _ = process.communicate(timeout=max(1.0, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started
                 process.wait()
                 self.left_out.append(f"tests, {part}: out of time")
                 continue

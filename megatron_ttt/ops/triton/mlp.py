@@ -29,25 +29,46 @@ import triton.language as tl
 
 
 @triton.jit
-def load_block(W1_FM, b1_M, W2_MF, m, units, features, F: tl.constexpr, M: tl.constexpr):
-    """Hidden units m.. of a state (or its gradient): W1 transposed [BM, P], b1 [BM, 1], W2."""
+def load_in(W1_FM, b1_M, m, units, features, F: tl.constexpr, M: tl.constexpr):
+    """What leads into hidden units m.. of a state (or its gradient): W1 transposed [BM, P], b1
+    [BM, 1]."""
     here = m + units < M
-    inside = here & (features < F)
-    W1 = tl.load(W1_FM + features * M + m + units, mask=inside, other=0.0)
-    b1 = tl.load(b1_M + m + units, mask=here, other=0.0)
-    W2 = tl.load(W2_MF + (m + units) * F + features, mask=inside, other=0.0)
-    return W1, b1, W2
+    W1 = tl.load(W1_FM + features * M + m + units, mask=here & (features < F), other=0.0)
+    return W1, tl.load(b1_M + m + units, mask=here, other=0.0)
+
+
+@triton.jit
+def load_out(W2_MF, m, units, features, F: tl.constexpr, M: tl.constexpr):
+    """What leads out of them: W2 [BM, P]."""
+    inside = (m + units < M) & (features < F)
+    return tl.load(W2_MF + (m + units) * F + features, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_in(W1_FM, b1_M, W1, b1, m, units, features, F: tl.constexpr, M: tl.constexpr):
+    here = m + units < M
+    tl.store(W1_FM + features * M + m + units, W1, mask=here & (features < F))
+    tl.store(b1_M + m + units, b1, mask=here)
+
+
+@triton.jit
+def store_out(W2_MF, W2, m, units, features, F: tl.constexpr, M: tl.constexpr):
+    inside = (m + units < M) & (features < F)
+    tl.store(W2_MF + (m + units) * F + features, W2, mask=inside)
+
+
+@triton.jit
+def load_block(W1_FM, b1_M, W2_MF, m, units, features, F: tl.constexpr, M: tl.constexpr):
+    W1, b1 = load_in(W1_FM, b1_M, m, units, features, F, M)
+    return W1, b1, load_out(W2_MF, m, units, features, F, M)
 
 
 @triton.jit
 def store_block(
     W1_FM, b1_M, W2_MF, W1, b1, W2, m, units, features, F: tl.constexpr, M: tl.constexpr
 ):
-    here = m + units < M
-    inside = here & (features < F)
-    tl.store(W1_FM + features * M + m + units, W1, mask=inside)
-    tl.store(b1_M + m + units, b1, mask=here)
-    tl.store(W2_MF + (m + units) * F + features, W2, mask=inside)
+    store_in(W1_FM, b1_M, W1, b1, m, units, features, F, M)
+    store_out(W2_MF, W2, m, units, features, F, M)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from megatron_ttt.ops.triton.common import (
     strides,
 )
 from megatron_ttt.ops.triton.gelu import gelu_derivative, gelu_gate, gelu_second_derivative
-from megatron_ttt.ops.triton.mlp import copy_state, load_block, store_block
+from megatron_ttt.ops.triton.mlp import copy_state, load_in, load_out, store_in, store_out
 
 CHOICES = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}]
 
@@ -121,19 +121,22 @@ def mlp_backward(
                 X2 = load_tokens(X2_LM, m + units, tokens, M, hidden)
                 G1 = load_tokens(G1_LM, m + units, tokens, M, hidden)
                 # Through the gradient of the state after the mini-batch, which is let go of again.
-                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
+                dW1, db1 = load_in(dW1_FM, db1_M, m, units, row_features, F, M)
                 Y1 = dot(dW1, x, DOT) + db1
                 YG += tl.sum(Y1 * G1, 0)
                 dG1 = -rate * Y1
                 dx -= rate * dot(tl.trans(dW1), G1, DOT)
+                dW2 = load_out(dW2_MF, m, units, row_features, F, M)
                 dX2 = -rate * dot(dW2, G2, DOT)
                 Y2 += dot(tl.trans(dW2), X2, DOT)
 
-                W1, b1, W2 = load_block(W1_FM, b1_M, W2_MF, m, units, row_features, F, M)
+                W1, b1 = load_in(W1_FM, b1_M, m, units, row_features, F, M)
                 W1 += dot(G1, tl.trans(rate * x), DOT)
                 b1 += tl.sum(rate * G1, 1)[:, None]
+                store_in(W1_FM, b1_M, W1, b1, m, units, row_features, F, M)
+                W2 = load_out(W2_MF, m, units, row_features, F, M)
                 W2 += dot(rate * X2, tl.trans(G2), DOT)
-                store_block(W1_FM, b1_M, W2_MF, W1, b1, W2, m, units, row_features, F, M)
+                store_out(W2_MF, W2, m, units, row_features, F, M)
 
                 Z1bar = dot(W1, q, DOT) + b1 - dot(G1, PS1, DOT)
                 gate = gelu_gate(Z1bar)
@@ -153,11 +156,14 @@ def mlp_backward(
                 dG2 += dot(tl.trans(W2), dH, DOT)
 
                 # Read a second time: held meanwhile, it would be spilled.
-                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
+                dW1, db1 = load_in(dW1_FM, db1_M, m, units, row_features, F, M)
                 dW1 += dot(dZ1bar, tl.trans(q), DOT)
                 db1 += tl.sum(dZ1bar, 1)[:, None]
-                dW2 += dot(X2bar, tl.trans(dZbar), DOT) + dot(dH, tl.trans(G2), DOT)
-                store_block(dW1_FM, db1_M, dW2_MF, dW1, db1, dW2, m, units, row_features, F, M)
+                store_in(dW1_FM, db1_M, dW1, db1, m, units, row_features, F, M)
+                dW2 = load_out(dW2_MF, m, units, row_features, F, M)
+                dW2 += dot(X2bar, tl.trans(dZbar), DOT)
+                dW2 += dot(dH, tl.trans(G2), DOT)
+                store_out(dW2_MF, dW2, m, units, row_features, F, M)
                 tile, inside_M = (m + units) * K + index[None, :], m + units < M
                 tl.store(dX2_MK + tile, dX2, mask=inside_M)
                 tl.store(dZ1_MK + tile, dZ1, mask=inside_M)
@@ -194,17 +200,20 @@ def mlp_backward(
             for m in range(0, M, BM):
                 tile, inside_M = (m + units) * K + index[None, :], m + units < M
                 hidden = here & inside_M
-                W1, b1, W2 = load_block(W1_FM, b1_M, W2_MF, m, units, row_features, F, M)
+                W2 = load_out(W2_MF, m, units, row_features, F, M)
                 dX2 = tl.load(dX2_MK + tile, mask=inside_M, other=0.0) + dot(W2, dZ2, DOT)
                 slope = tl.load(slope_MK + tile, mask=inside_M, other=0.0)
                 dZ1 = tl.load(dZ1_MK + tile, mask=inside_M, other=0.0) + dX2 * slope
+                W1, _ = load_in(W1_FM, b1_M, m, units, row_features, F, M)
                 dx += dot(tl.trans(W1), dZ1, DOT)
-                X2 = load_tokens(X2_LM, m + units, tokens, M, hidden)
-                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
+                dW1, db1 = load_in(dW1_FM, db1_M, m, units, row_features, F, M)
                 dW1 += dot(dZ1, tl.trans(x), DOT)
                 db1 += tl.sum(dZ1, 1)[:, None]
+                store_in(dW1_FM, db1_M, dW1, db1, m, units, row_features, F, M)
+                X2 = load_tokens(X2_LM, m + units, tokens, M, hidden)
+                dW2 = load_out(dW2_MF, m, units, row_features, F, M)
                 dW2 += dot(X2, tl.trans(dZ2), DOT)
-                store_block(dW1_FM, db1_M, dW2_MF, dW1, db1, dW2, m, units, row_features, F, M)
+                store_out(dW2_MF, dW2, m, units, row_features, F, M)
             tl.debug_barrier()
             tl.store(dk_LF + tokens * dk_l + features, dx, mask=inside)
 
