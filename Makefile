@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: environment quickstart test lint
+.PHONY: environment quickstart test lint doctor
 
 environment: $(STAMP)
 
@@ -27,3 +27,6 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+doctor: $(STAMP)
+	$(BIN)/python -m megatron_ttt.doctor

@@ -1,27 +1,28 @@
 #!/usr/bin/env python3
-"""Time tools/preprocess_c4.py's build against bare SentencePiece on the same text.
+r"""Time tools/preprocess_c4.py's build against bare SentencePiece on the same text.
 
     python benchmarks/preprocess.py --input 'c4/c4-train.0000?-of-01024.json.gz' \
         --tokenizer-model tokenizer.model [--rounds 5] [--workers 2] [--output FILE.json]
 
-Bare: `SentencePieceProcessor.encode(list, num_threads=WORKERS)` on the documents already in memory.
-The build: from the shards to published .bin/.idx, with SentencePiece and, where it is installed,
-with gigatoken; every build starts new worker processes, so their caches are cold. The sides take
-turns; the ratios are of medians, in wall time and in CPU time (user and system, workers included).
-On a machine with other work (see load_average) wall time favours the side with more processes.
-A build of one short document gives the time that starting and stopping takes, which does not
-depend on the corpus; the ratios are printed with it and without.
+Bare: `SentencePieceProcessor.encode(list, num_threads=WORKERS)`, the model loaded and the documents
+in memory already. The build: the whole command, from the start of Python to the published .bin and
+.idx, with SentencePiece and, where it is installed, with gigatoken; each is a new process with new
+workers, so their caches are cold. The sides take turns; the ratios are of medians, in wall time and
+in CPU time (user and system, all processes). On a machine with other work (see load_average) wall
+time favours the side with more processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +31,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ttt.data.preprocess import preprocess
 from megatron_ttt.data.reader import MalformedLines, read_documents
 from megatron_ttt.data.source import find_shards
+
+TOOL = Path(__file__).parents[1] / "tools" / "preprocess_c4.py"
 
 
 def cpu_seconds() -> float:
@@ -48,19 +50,13 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - started, cpu_seconds() - cpu
 
 
-def build(inputs: list[str], model: str, backend: str, workers: int) -> tuple[float, float]:
+def build(inputs: list[str], model: str, backend: str, workers: int) -> None:
     """One build into a new folder."""
     with tempfile.TemporaryDirectory() as folder:
-        return timed(
-            lambda: preprocess(
-                inputs,
-                f"{folder}/c4",
-                model,
-                backend=backend,
-                append_eod=True,
-                workers=workers,
-            )
-        )
+        command = [sys.executable, TOOL, "--input", *inputs, "--output-prefix", f"{folder}/c4"]
+        command += ["--tokenizer-model", model, "--tokenizer-backend", backend]
+        command += ["--append-eod", "--workers", str(workers)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -81,29 +77,27 @@ def main() -> None:
     backends = ["sentencepiece"]
     backends += ["gigatoken"] if importlib.util.find_spec("gigatoken") else []
 
+    sides: dict[str, Callable[[], object]] = {
+        "bare": lambda: processor.encode(texts, num_threads=args.workers)
+    }
+    for backend in backends:
+        run = (args.input, args.tokenizer_model, backend, args.workers)
+        sides[backend] = functools.partial(build, *run)
+
     load_before = os.getloadavg()[0]
-    times: dict[str, list[tuple[float, float]]] = {"bare": []}
-    with tempfile.TemporaryDirectory() as folder:
-        short = Path(folder) / "short.json"
-        short.write_text(json.dumps({"text": "a short document"}) + "\n")
-        for _ in range(args.rounds):
-            bare = timed(lambda: processor.encode(texts, num_threads=args.workers))
-            times["bare"].append(bare)
-            for backend in backends:
-                run = (args.tokenizer_model, backend, args.workers)
-                times.setdefault(backend, []).append(build(args.input, *run))
-                times.setdefault(f"{backend}, start", []).append(build([str(short)], *run))
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for _ in range(args.rounds):
+        for side, work in sides.items():
+            times[side].append(timed(work))
 
     medians = {
         side: [statistics.median(values) for values in zip(*pairs)] for side, pairs in times.items()
     }
-    ratios = {}
-    for backend in backends:
-        for clock, bare, whole, start in zip(
-            ("wall", "cpu"), medians["bare"], medians[backend], medians[f"{backend}, start"]
-        ):
-            ratios[f"{backend} {clock}"] = round(bare / whole, 3)
-            ratios[f"{backend} {clock}, start left out"] = round(bare / (whole - start), 3)
+    ratios = {
+        f"{backend} {clock}": round(bare / whole, 3)
+        for backend in backends
+        for clock, bare, whole in zip(("wall", "cpu"), medians["bare"], medians[backend])
+    }
     report = {
         "text_megabytes": round(megabytes, 2),
         "documents": len(texts),
@@ -112,9 +106,7 @@ def main() -> None:
         "python": platform.python_version(),
         "load_average": [round(load, 1) for load in (load_before, os.getloadavg()[0])],
         "megabytes_per_second": {
-            side: round(megabytes / wall, 2)
-            for side, (wall, _) in medians.items()
-            if not side.endswith("start")
+            side: round(megabytes / wall, 2) for side, (wall, _) in medians.items()
         },
         "seconds_wall_cpu": {side: [round(x, 2) for x in pair] for side, pair in medians.items()},
         "ratio_to_bare": ratios,

@@ -62,8 +62,9 @@ def start(recipe: list[str], run_dir: Path, log: Path, *more: str) -> subprocess
 
 def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The training processes of a launcher, by rank."""
-    found = [p for p in psutil.Process(launcher.pid).children() if "pretrain_ttt.py" in p.cmdline()]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+    children = psutil.Process(launcher.pid).children()
+    found = {process.environ().get("RANK"): process for process in children}
+    return [found[rank] for rank in ("0", "1") if rank in found]
 
 
 def wait_for(log: Path, text: str, launcher: subprocess.Popen, seconds: float = 240) -> None:

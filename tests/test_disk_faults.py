@@ -1,15 +1,18 @@
 """Disks that fill up, turn read-only or are slow while a checkpoint is written."""
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from harness import run
+from harness import ROOT, run
 from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_for
 
 from megatron_ttt.checkpoint.manifest import find_damage
+from megatron_ttt.errors import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,95 @@ def test_goes_on_when_the_disk_is_full(recipe, whole, small_disk, tmp_path, mode
     check_untouched(run_dir, STEPS)
     assert not list(run_dir.glob(".*"))
     assert len(losses(run_dir)) == STEPS
+
+
+@pytest.fixture
+def build(cpu_platform, recipe):
+    """A trainer in this process, from overrides."""
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    def build_trainer(*overrides: str) -> Trainer:
+        common = [*recipe, "run.device=cpu", *overrides]
+        return Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], common), cpu_platform)
+
+    return build_trainer
+
+
+@pytest.mark.parametrize("mode", ["asynchronous=false", "asynchronous=true"])
+def test_stops_when_told_to(build, whole, small_disk, mode):
+    run_dir = small_disk / "run"
+    take_up(whole, run_dir)
+    trainer = build(f"run.dir={run_dir}", "checkpoint.on_save_error=stop", f"checkpoint.{mode}")
+    fill(small_disk, 400_000)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-3 was not saved \(rank 0: .*No space left"
+    ):
+        trainer.train()
+    check_untouched(run_dir, 2)
+    assert steps(run_dir) == [1, 2] and not list(run_dir.glob(".*"))
+    assert trainer.step < STEPS
+
+
+def test_a_last_checkpoint_that_was_not_saved_is_no_success(build, whole, small_disk, capsys):
+    run_dir = small_disk / "run"
+    take_up(whole, run_dir)
+    trainer = build(f"run.dir={run_dir}", "checkpoint.keep=1")
+    fill(small_disk, 400_000)
+    with pytest.raises(TrainingError, match="the last checkpoint, of step 8, was not saved"):
+        trainer.train()
+    assert capsys.readouterr().out.count("was not saved") == STEPS - 2
+    check_untouched(run_dir, 2)
+    assert steps(run_dir) == [1, 2]
+
+
+def test_goes_on_when_the_disk_is_read_only(build, whole, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    take_up(whole, run_dir)
+    trainer = build(f"run.dir={run_dir}")
+    batches = trainer.data.train_batches(2, STEPS)
+    trainer.train_step(next(batches))
+    mount("--bind", run_dir, run_dir)
+    try:
+        mount("-o", "remount,ro,bind", run_dir)
+        trainer.save()
+        said = capsys.readouterr().out
+        assert "checkpoint-3 was not saved (rank 0: [Errno 30] Read-only file system" in said
+        check_untouched(run_dir, 2)
+    finally:
+        subprocess.run(["umount", "-l", run_dir], check=True)
+    trainer.train_step(next(batches))
+    trainer.save()
+    assert trainer.writer.failure is None and steps(run_dir)[-1] == 4
+
+
+def test_metrics_wait_for_room(build, whole, small_disk, capsys):
+    run_dir = small_disk / "run"
+    take_up(whole, run_dir)
+    trainer = build(f"run.dir={run_dir}")
+    log = trainer._open_log()
+    assert len(log_lines(run_dir)) == 2
+    ballast = fill(small_disk, 0)
+    for step in range(3, 60):
+        log.step(step, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, 0)
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left") == 1
+    ballast.unlink()
+    log.close()
+    assert [step for step, _, _ in losses(run_dir)] == list(range(1, 60))
+
+
+def log_lines(run_dir: Path) -> list[bytes]:
+    return (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_a_slow_disk_is_told(build, tmp_path, monkeypatch, capsys):
+    from megatron_ttt.checkpoint import manifest
+    from megatron_ttt.training import trainer as module
+
+    monkeypatch.setattr(module, "SLOW_SAVE_SECONDS", 0.5)
+    fsync = os.fsync
+    monkeypatch.setattr(manifest.os, "fsync", lambda file: (time.sleep(0.5), fsync(file)))
+    trainer = build(f"run.dir={tmp_path}/run")
+    trainer.saved_at = time.perf_counter()
+    trainer.save()
+    assert "the disk is slow, or checkpoint.save_every small" in capsys.readouterr().out

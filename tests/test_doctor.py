@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def test_two_good_nodes(nodes, tmp_path):
 
 @contextlib.contextmanager
 def blocked(node: Node, port: int, how: str):
+    if not shutil.which("iptables"):
+        pytest.skip("needs iptables")
     rule = ["INPUT", "-p", "tcp", "--dport", str(port), "-j", how]
     node.run("iptables", "-A", *rule)
     try:

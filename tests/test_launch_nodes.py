@@ -32,7 +32,7 @@ def nodes():
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("tiny")
-    return [*tiny_overrides(folder), TENSOR_PARALLEL, "checkpoint.save_every=6"]
+    return [*tiny_overrides(folder), TENSOR_PARALLEL, "checkpoint.save_every=8"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def run_on_both(nodes, command, run_dir: Path, kill: int | None = None) -> list[
     command = [*command, f"run.dir={run_dir}"]
     scripts = [begin(node, nodes[0], command, log) for node in nodes]
     if kill is not None:
-        wait_until(lambda: "Step 8:" in log.read_text(), 240, log.read_text)
+        wait_until(lambda: "Step 10:" in log.read_text(), 240, log.read_text)
         nodes[kill].kill()
         scripts[kill] = begin(nodes[kill], nodes[0], command, log)
     assert [script.wait() for script in scripts] == [0, 0], log.read_text()[-6000:]
@@ -99,8 +99,8 @@ def test_a_node_that_stays_away_is_done_without(nodes, overrides, one_nodes, tmp
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [*COMMAND, *overrides, f"run.dir={run_dir}"]
     scripts = [begin(node, nodes[0], command, log, nnodes="1:2") for node in nodes]
-    wait_until(lambda: "Step 8:" in log.read_text(), 240, log.read_text)
-    assert replicas(run_dir, 6) == 2
+    wait_until(lambda: "Step 10:" in log.read_text(), 240, log.read_text)
+    assert replicas(run_dir, 8) == 2
     nodes[1].kill()
     assert scripts[0].wait() == 0, log.read_text()[-6000:]
     assert "Resumed from" in log.read_text()

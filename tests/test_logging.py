@@ -183,6 +183,25 @@ def test_a_missing_package_is_said_before_anything_is_built(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_event_files_end_where_there_is_no_room(tmp_path):
+    script = """
+import resource, sys
+from pathlib import Path
+from megatron_ttt.training.loggers import TensorBoard
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+board = TensorBoard(Path(sys.argv[1]), 0)
+for step in range(1, 400):
+    board.write({"step": step, "loss": 1.0})
+    if step % 100 == 0:
+        board.flush()
+board.close(failed=False)
+print("went on")
+"""
+    output = run([sys.executable, "-c", script, tmp_path])
+    assert output.count("Warning: tensorboard/ cannot be written: File too large") == 1
+    assert "went on" in output
+
+
 def test_sparkline():
     assert sparkline([]) == "" and sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([0.0, 7.0, math.nan, 3.5]) == "▁█ ▅"

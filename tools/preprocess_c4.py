@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tokenize C4 shards into Megatron's `.bin`/`.idx`, and look after the result.
+r"""Tokenize C4 shards into Megatron's `.bin`/`.idx`, and look after the result.
 
     python tools/preprocess_c4.py --input 'c4/en/c4-train.*.json.gz' --output-prefix data/c4-train \
         --tokenizer-model tokenizer.model --prepend-bos --append-eod --workers 16
@@ -13,6 +13,7 @@ writes `data/c4-train_text_document.bin` and `.idx`. The same command goes on wh
 """
 
 import argparse
+import signal
 import sys
 
 from megatron_ttt.data.inspection import peek, stats
@@ -30,6 +31,8 @@ def main() -> None:
     verbs["merge"] = merge_command
     if len(sys.argv) > 1 and sys.argv[1] in verbs:
         parser = argparse.ArgumentParser(prog=f"preprocess_c4.py {sys.argv[1]}")
+        # `peek ... | head` ends quietly.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         parser.add_argument("--output-prefix", required=True, help="as it was given to the build")
         verbs[sys.argv[1]](parser, sys.argv[2:])
     else:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a SentencePiece tokenizer (BPE, byte fallback) on C4 shards.
+r"""Train a SentencePiece tokenizer (BPE, byte fallback) on C4 shards.
 
     python tools/train_tokenizer.py --input 'c4/en/c4-train.0000?-of-01024.json.gz' \
         --vocab-size 32000 --output-prefix data/tokenizer

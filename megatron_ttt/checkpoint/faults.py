@@ -41,13 +41,15 @@ class HeldErrors:
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's way to write, but an error in rank 0's last file, .metadata, is held: the
-    other ranks wait for word from it then."""
+    other ranks wait for word from it then. `files`: names of what this rank writes."""
 
     def __init__(self, held: HeldErrors):
         super().__init__("torch_dist", 1)
+        self.files: list[str] = []
         self._held = held
 
     def _get_save_and_finalize_callbacks(self, writer, *more):
+        self.files = [name for _, name, _ in writer.write_buckets]
         finish = writer.finish
 
         def held_finish(metadata, results):

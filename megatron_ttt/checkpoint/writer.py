@@ -1,8 +1,8 @@
 """Writing checkpoints: under a temporary name, in the background on request, published when whole.
 
 The training processes hold a snapshot only as long as it takes to fork (on CUDA, to copy to the
-host): the forked writers write it, while training goes on. When all have done, the checkpoint is
-checked off file by file and gets its name; that takes all ranks a moment between two steps.
+host): the forked writers write it and sum it up, while training goes on. When all have done, the
+checkpoint gets its manifest and its name; that takes all ranks a moment between two steps.
 
 A disk may fail on one rank alone, at any file. That rank keeps its error (`faults.HeldErrors`)
 until all ranks can hear of it, so that none is left waiting for it: then all give the checkpoint up
@@ -11,11 +11,14 @@ together, the temporary folder goes, and what was published before is as it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import secrets
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,12 @@ from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durab
 from megatron_ttt.checkpoint.state import checkpoint_tree
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
 from megatron_ttt.errors import UserError
-from megatron_ttt.platform.compat import guard_common_state, mcore_save_options, use_results_file
+from megatron_ttt.platform.compat import (
+    ResultsFile,
+    guard_common_state,
+    mcore_save_options,
+    use_results_file,
+)
 
 
 class CheckpointWriter:
@@ -77,16 +85,25 @@ class CheckpointWriter:
             tree = checkpoint_tree(chunks, optimizer)
             text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
             guard_common_state(held.hold)
+            strategy, checksums = SaveStrategy(held), ResultsFile()
             request = dist_checkpointing.save(
                 tree,
                 str(self._temporary),
-                sharded_strategy=SaveStrategy(held),
+                sharded_strategy=strategy,
                 async_sharded_save=True,
                 **mcore_save_options(),
             )
+            if strategy.files:
+                write = partial(
+                    _write_and_describe,
+                    request.async_fn,
+                    [self._temporary / name for name in strategy.files],
+                    checksums,
+                )
+                request = request._replace(async_fn=write)
 
             def finish():
-                self._publish(text, held)
+                self._publish(text, held, checksums)
                 if dist.get_rank() == 0:
                     published(time.perf_counter() - started)
 
@@ -125,21 +142,21 @@ class CheckpointWriter:
                 self._temporary.mkdir(parents=True)
         held.together()
 
-    def _publish(self, state: str, held: HeldErrors) -> None:
+    def _publish(self, state: str, held: HeldErrors, checksums: ResultsFile) -> None:
         """Check off what all ranks have written, and give it its name."""
         folder = self._temporary
         if dist.get_rank() == 0:
             with held.hold():
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
                 write_durably(folder / STATE_FILE, state)
-        held.together()
         own = {}
-        with held.hold():
-            share = folder_files(folder)[dist.get_rank() :: dist.get_world_size()]
-            own = {name: describe(folder / name) for name in share}
+        with contextlib.suppress(queue.Empty):
+            own = checksums.get_nowait()
         described = {name: seen for one in held.together(own) for name, seen in one.items()}
         if dist.get_rank() == 0:
             with held.hold():
+                for name in set(folder_files(folder)) - set(described):
+                    described[name] = describe(folder / name)
                 publish(folder, self._path, described)
         held.together()
         self.failure = None
@@ -152,6 +169,15 @@ class CheckpointWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
         self.failure = why[0]
         self._failed(self._path, why[0])
+
+
+def _write_and_describe(
+    write: Callable, files: list[Path], checksums: ResultsFile, *arguments, **options
+) -> None:
+    """What a forked writer does: write this rank's files, and look at them while they are near."""
+    write(*arguments, **options)
+    with contextlib.suppress(OSError):  # `write` tells of files that are not there
+        checksums.put({path.name: describe(path) for path in files})
 
 
 def _refuse(path: Path, why: str) -> None:

@@ -4,6 +4,7 @@ A run is one task for each input shard, then a merge. What is done is never done
 command goes on where an earlier one stopped, whatever stopped it.
 """
 
+import json
 import os
 import signal
 import sys
@@ -99,6 +100,7 @@ def preprocess(
         todo = [shard for shard in shards if workspace.manifest(shard, on_error) is None]
         log = Path(f"{workspace.output_prefix}{f'.{part}' if part else ''}.log")
         progress = Progress(log, todo)
+        progress.log(f"begins: {len(todo)} shards to do, {json.dumps(plan.options)}")
         try:
             if len(todo) < len(shards):
                 progress.note(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
@@ -114,7 +116,7 @@ def preprocess(
             if array:
                 return None
             final = merge_tasks(workspace, plan, on_error)
-            progress.note(f"published {', '.join(final['outputs'])}")
+            progress.note(_published(final))
             return _summary(final)
         finally:
             progress.close()
@@ -135,7 +137,9 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
         plan = workspace.load_plan()
         if plan is None:
             raise UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
-        return _summary(merge_tasks(workspace, plan, on_error))
+        final = merge_tasks(workspace, plan, on_error)
+        print(_published(final), file=sys.stderr)
+        return _summary(final)
 
 
 def _check(options: Options, array: tuple[int, int] | None, overwrite: bool) -> None:
@@ -187,6 +191,11 @@ def _begin(workspace: Workspace, plan: Plan, overwrite: bool, array: bool) -> di
             )
         workspace.save_plan(plan)
     return None
+
+
+def _published(final: dict) -> str:
+    totals, names = final["totals"], ", ".join(final["outputs"])
+    return f"published {names}: {totals['documents']:,} documents, {totals['tokens']:,} tokens"
 
 
 def _summary(final: dict) -> Summary:

@@ -1,5 +1,6 @@
 """How a run is going, on stderr and in a log file."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class Progress(Listener):
         self._current, self._position = Counts(), 0
         documents, malformed = manifest["documents"], manifest["malformed"]
         outcome = "skipped" if manifest["skipped"] else "done"
-        self._write_log(f"{shard}: {outcome}, {documents} documents, {malformed} malformed lines")
+        self.log(f"{shard}: {outcome}, {documents} documents, {malformed} malformed lines")
         self._print_now_and_then()
 
     def note(self, message: str) -> None:
@@ -57,54 +58,72 @@ class Progress(Listener):
             self._write_stderr(message)
         elif self._notes == _NOTES_SHOWN + 1:
             self._write_stderr("more is skipped: it is counted here and listed in the log")
-        self._write_log(message)
+        self.log(message)
+
+    def log(self, line: str) -> None:
+        """Write a line to the log file alone."""
+        self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def print(self) -> None:
         """Say how far it is, now."""
         self._printed = time.perf_counter()
-        line = self._line()
-        self._write_log(line)
+        line, short = self._lines()
+        self.log(line)
         if sys.stderr.isatty():
-            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
-            self._width = len(line)
+            # A line that is longer than the terminal is wide could not be written over.
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            short = short[: width - 1]
+            print(f"\r{short:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(short)
         else:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Say what became of it, if anything did."""
         if self._finished_shards or self._current.documents:
-            self.print()
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+            line, _ = self._lines()
+            self.log(line)
+            self._write_stderr(line)
         self._log.close()
 
     def _print_now_and_then(self) -> None:
         if time.perf_counter() - self._printed >= _SECONDS:
             self.print()
 
-    def _line(self) -> str:
+    def _lines(self) -> tuple[str, str]:
+        """All there is to say, and what fits a terminal."""
         seconds = time.perf_counter() - self.start
         finished, current = asdict(self._finished), asdict(self._current)
         counts = Counts(**{name: finished[name] + current[name] for name in finished})
         megabytes = counts.text_bytes / 1e6
-        return (
-            f"{counts.documents:,} documents ({counts.documents / seconds:,.0f}/s), "
-            f"{megabytes:,.1f} MB of text ({megabytes / seconds:.2f} MB/s), "
-            f"{counts.tokens:,} tokens ({counts.tokens / seconds:,.0f}/s), "
-            f"{self._finished_shards} of {self._shards} shards, "
+        documents, text, tokens = (
+            count / seconds for count in (counts.documents, megabytes, counts.tokens)
+        )
+        shards, time_left = f"{self._finished_shards} of {self._shards} shards", self._time_left()
+        full = (
+            f"{counts.documents:,} documents ({documents:,.0f}/s), "
+            f"{megabytes:,.1f} MB of text ({text:.2f} MB/s), "
+            f"{counts.tokens:,} tokens ({tokens:,.0f}/s), {shards}, "
             f"{counts.empty} empty, {counts.malformed} malformed, "
             f"{counts.skipped_shards} shards skipped, "
-            f"{timedelta(seconds=round(seconds))}, ETA {self._time_left(seconds)}"
+            f"{timedelta(seconds=round(seconds))}, ETA {time_left}"
         )
+        short = (
+            f"{shards}, ETA {time_left}, {documents:,.0f} documents/s, {text:.1f} MB/s, "
+            f"{tokens:,.0f} tokens/s, {counts.malformed} malformed, "
+            f"{counts.skipped_shards} skipped"
+        )
+        return full, short
 
-    def _time_left(self, seconds: float) -> str:
+    def _time_left(self) -> str:
         if self._bytes:
             done = min(1.0, (self._finished_bytes + self._position) / self._bytes)
         else:
             done = self._finished_shards / max(1, self._shards)
-        return str(timedelta(seconds=round(seconds * (1 - done) / done))) if done else "unknown"
-
-    def _write_log(self, line: str) -> None:
-        self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        if not done:
+            return "unknown"
+        seconds = (time.perf_counter() - self.start) * (1 - done) / done
+        return str(timedelta(seconds=round(seconds)))
 
     def _write_stderr(self, line: str) -> None:
         if self._width:

@@ -29,7 +29,7 @@ except ImportError:
     orjson = None
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""A longer line (or row) is an error. Encoding takes about fifty times its bytes in memory."""
+"""A longer line (or row) is an error. Encoding takes up to fifty times its bytes in memory."""
 
 MalformedLine = Callable[[int, str], None]
 """What is called for a line that holds no document: line number (from 1) and reason."""

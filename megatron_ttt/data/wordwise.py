@@ -8,6 +8,7 @@ words, one after the other, and most words of a text have been met before.
 
 import re
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 import sentencepiece
@@ -17,8 +18,9 @@ _BPE = 2
 _WORDS = 1 << 16
 """Words that are remembered, the first ones met; with their ids they take about 12 MB."""
 _WORD_CHARACTERS = 32
+_STRETCH_CHARACTERS = 1 << 16
 
-_split = re.compile("(?<=[^ ]) ").split
+_cut = re.compile(f"(?<=[^ {_SPACE}]) ")
 _goes_beyond = re.compile(f" |[^{_SPACE}]{_SPACE}").search
 
 
@@ -42,12 +44,26 @@ class WordwiseEncoder(dict):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, as an integer array [tokens]."""
-        if not text or _SPACE in text:
-            return np.array(self._processor.encode(text), self._type)
-        # A cut between two spaces might part a piece that is made of spaces.
-        plain = "  " not in text and text[0] != " "
-        words = text.split(" ") if plain else _split(text)
-        return np.frombuffer(b"".join(map(self.__getitem__, words)), self._type)
+        if not text:
+            return np.zeros(0, self._type)
+        parts = [self._encode_stretch(stretch) for stretch in _stretches(text)]
+        return np.frombuffer(b"".join(parts), self._type)
+
+    def _encode_stretch(self, text: str) -> bytes:
+        # The plain split also cuts between two spaces, written either way: they may be one piece.
+        plain = "  " not in text and _SPACE not in text and not text.startswith(" ")
+        return b"".join(map(self.__getitem__, text.split(" ") if plain else _cut.split(text)))
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """The text in stretches that end where it may be cut: a list of all its words would take many
+    times its bytes."""
+    start = 0
+    while start <= len(text):
+        cut = _cut.search(text, start + _STRETCH_CHARACTERS)
+        stop = cut.start() if cut else len(text)
+        yield text[start:stop]
+        start = stop + 1
 
 
 def is_wordwise(model: bytes, processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -120,11 +120,12 @@ class Workspace:
             yield
 
     def clear(self) -> None:
-        """Remove all tasks, the plan first: what is left after a kill then counts for nothing."""
+        """Remove all tasks. A kill leaves no manifest whose files are gone: the plan goes first,
+        then the manifests, then what they name."""
         self._plan.unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if not path.name.startswith("lock"):
-                path.unlink()
+        files = [path for path in self.folder.iterdir() if not path.name.startswith("lock")]
+        for path in sorted(files, key=lambda path: not path.name.endswith(".manifest.json")):
+            path.unlink()
 
     def remove(self) -> None:
         """Remove the folder, once its result is published."""

@@ -3,7 +3,8 @@
     output, final_state = ttt_scan(q, k, v, lam, tau, gamma, beta, state)
 
 `naive.py` reads like the maths and is the oracle; `scan.py` is the fast form in plain PyTorch;
-`triton/` holds the kernels for GPUs.
+`triton/` holds the kernels for GPUs. What stands round the scan is in `conv_rotate.py`, `rope.py`
+and `wide_norm.py`; `fused.py` says where it runs in kernels.
 """
 
 import warnings

@@ -30,10 +30,10 @@ def use_results_file() -> None:
     torch at the first save, and outlives a rank that is killed.
     """
     name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    importlib.import_module(name)._results_queue = _ResultsFile()
+    importlib.import_module(name)._results_queue = ResultsFile()
 
 
-class _ResultsFile:
+class ResultsFile:
     """A queue of one item, between a process and its forks."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,20 +144,36 @@ class WandB:
 
 
 class TensorBoard:
-    """Event files, one an attempt; readers drop what the attempt's first event purges."""
+    """Event files, one an attempt; readers drop what the attempt's first event purges. On a full
+    disk the rest of the attempt goes without: its writer cannot go on."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self.has_failed = False
 
     def write(self, record: dict[str, Any]) -> None:
-        for name, figure in record.items():
-            if name != "step":
-                self.writer.add_scalar(name, figure, record["step"])
+        with self._while_there_is_room():
+            for name, figure in record.items():
+                if name != "step":
+                    self.writer.add_scalar(name, figure, record["step"])
 
     def flush(self) -> None:
-        self.writer.flush()
+        with self._while_there_is_room():
+            self.writer.flush()
 
     def close(self, failed: bool) -> None:
-        self.writer.close()
+        with self._while_there_is_room():
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def _while_there_is_room(self) -> Iterator[None]:
+        """Leave the rest undone where writing fails, or has failed before."""
+        try:
+            yield
+        except OSError as error:
+            if self.has_failed:
+                return
+            self.has_failed = True
+            say(f"Warning: {TENSORBOARD_FOLDER}/ cannot be written: {error.strerror}; it ends here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,9 +40,14 @@ def naming_lost_ranks(at: Whereabouts) -> Iterator[None]:
         who = f"no answer from rank {', '.join(map(str, lost))}" if lost else "no answer"
         raise LostRankError(
             f"rank {os.environ.get('RANK', '0')} at step {at.step}, {at.doing}: {who} "
-            f"({str(error).splitlines()[0]}). Give the same command again: it goes on from the "
+            f"({_reason(error)}). Give the same command again: it goes on from the "
             "last checkpoint"
         ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of an error, without the place in the library's source."""
+    return re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

@@ -39,11 +39,9 @@ def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedData
         bucket_size=config.parallel.bucket_size,
     )
     core = chunks[0].config
-    # Later chunks' gradients are ready all at once: bucketing gains nothing there (as Megatron).
-    wrapped = [
-        DistributedDataParallel(core, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    # Not Megatron's disable_bucketing for later chunks: it gathers bf16 and fp32 parameters in one
+    # coalesced call, which under gloo gives back other bits than were sent.
+    wrapped = [DistributedDataParallel(core, ddp_config, chunk) for chunk in chunks]
     for ddp in wrapped:
         _keep_bucket_padding(ddp)
     core.finalize_model_grads_func = finalize_model_grads

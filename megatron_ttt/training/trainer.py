@@ -59,6 +59,7 @@ def start(config: Config) -> platforms.Platform:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.run.timeout_minutes,
     )
     platforms.seed_everything(config.run.seed)
     return platform

@@ -1,7 +1,13 @@
+import fcntl
 import gzip
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+import tty
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import (
     IndexedDatasetBuilder,
 )
 
-from megatron_ttt.data import source
+from megatron_ttt.data import progress, source
 from megatron_ttt.data.dataset import build_datasets
 from megatron_ttt.data.indexed import check_indexed
 from megatron_ttt.data.partial_file import PartialFile
@@ -143,6 +149,27 @@ def test_the_tool_takes_globs_and_reports_progress(shards, tokenizer, tmp_path):
     assert second.stderr.startswith("error: ")
     assert len(second.stderr.splitlines()) == 1
     assert subprocess.run([*command, "--workers", "0"], capture_output=True).returncode == 2
+
+
+def test_a_terminal_shows_one_line_that_is_written_over(shards, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        made = preprocess([f"{shards[0]}/*.gz"], str(tmp_path / "c4"), tokenizer.model_path)
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    *lines, published, summary, _ = shown.split("\n")
+    *refreshed, last = "".join(lines).split("\r")
+    assert all(len(line) == 59 for line in (*refreshed[1:], last))
+    assert last.startswith("2 of 2 shards, ETA 0:00:00, ")
+    assert published == f"published c4_text_document: 250 documents, {made.tokens['text']:,} tokens"
+    assert summary.startswith("250 documents (")
+    begins, *others = (tmp_path / "c4.log").read_text().splitlines()
+    assert ' begins: 2 shards to do, {"backend": "sentencepiece", ' in begins
+    assert len(others) == len(refreshed) + 2 + 2
 
 
 def test_the_tools_start_without_torch():

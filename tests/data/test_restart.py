@@ -166,6 +166,23 @@ def test_a_crash_of_the_merge_is_made_good(corpus, tmp_path, monkeypatch):
     assert pair(f"{corpus[1]}_text_document") == expected
 
 
+def test_manifests_go_before_the_files_they_name(corpus, stop_at_shard, monkeypatch):
+    stop_at_shard(2)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    removed, unlink = [], Path.unlink
+
+    def record(path, missing_ok=False):
+        removed.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", record)
+    Workspace(corpus[1]).clear()
+    kinds = ["".join(Path(name).suffixes[-2:]) for name in removed]
+    assert kinds[:3] == [".json", ".manifest.json", ".manifest.json"]
+    assert len(kinds) == 3 + 4
+
+
 def command_of(corpus, *more) -> list[str]:
     command = [sys.executable, str(TOOL), "--input", *corpus[0], "--output-prefix", corpus[1]]
     return [*command, "--tokenizer-model", str(corpus[2]), *more]

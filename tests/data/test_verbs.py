@@ -124,6 +124,15 @@ def test_peek_shows_the_source(build, shards):
         list(peek(build, first=250))
 
 
+def test_a_reader_that_stops_early_is_no_error(build):
+    command = (
+        f"'{sys.executable}' '{TOOL}' peek --output-prefix '{build}' --documents 250 | head -1"
+    )
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stdout.startswith("--- c4_text_document: document 0, ")
+    assert result.stderr == ""
+
+
 def test_the_verbs_of_the_tool(build):
     for verb in ("verify", "stats", "peek"):
         command = [sys.executable, TOOL, verb, "--output-prefix", build]

@@ -68,6 +68,15 @@ def test_the_ids_are_sentencepiece_s_own(style):
     assert differences(processor, make_texts(200, seed=8) + strange_texts(4000, seed=9)) == 0
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 17])
+def test_stretches_change_nothing(monkeypatch, length):
+    monkeypatch.setattr(wordwise, "_STRETCH_CHARACTERS", length)
+    _, processor = train()
+    texts = make_texts(50, seed=8) + strange_texts(2000, seed=11)
+    assert sum(len(list(wordwise._stretches(text))) for text in texts) > len(texts)
+    assert differences(processor, texts) == 0
+
+
 def test_the_ids_are_those_of_the_real_32k_model():
     mistral_common = pytest.importorskip("mistral_common")
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"

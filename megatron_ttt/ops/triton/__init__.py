@@ -1,1 +1,2 @@
-"""The scan as fused Triton kernels, forward and backward. See `scan.py`."""
+"""Fused Triton kernels, forward and backward: the scan (see `scan.py`), and what stands round it
+(`conv_rotate.py`, `norm_conv.py`, `norm_gate.py`)."""

@@ -120,26 +120,30 @@ def mlp_backward(
                 hidden = here & (m + units < M)
                 X2 = load_tokens(X2_LM, m + units, tokens, M, hidden)
                 G1 = load_tokens(G1_LM, m + units, tokens, M, hidden)
+                # Through the gradient of the state after the mini-batch, which is let go of again.
+                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
+                Y1 = dot(dW1, x, DOT) + db1
+                YG += tl.sum(Y1 * G1, 0)
+                dG1 = -rate * Y1
+                dx -= rate * dot(tl.trans(dW1), G1, DOT)
+                dX2 = -rate * dot(dW2, G2, DOT)
+                Y2 += dot(tl.trans(dW2), X2, DOT)
+
                 W1, b1, W2 = load_block(W1_FM, b1_M, W2_MF, m, units, row_features, F, M)
                 W1 += dot(G1, tl.trans(rate * x), DOT)
                 b1 += tl.sum(rate * G1, 1)[:, None]
                 W2 += dot(rate * X2, tl.trans(G2), DOT)
                 store_block(W1_FM, b1_M, W2_MF, W1, b1, W2, m, units, row_features, F, M)
 
-                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
                 Z1bar = dot(W1, q, DOT) + b1 - dot(G1, PS1, DOT)
                 gate = gelu_gate(Z1bar)
                 X2bar = Z1bar * gate
                 dZ1bar = dot(W2, dZbar, DOT) + dot(X2, dS2, DOT)
                 dZ1bar *= gelu_derivative(Z1bar, gate)
-                dX2 = dot(X2bar, tl.trans(dS2), DOT) - rate * dot(dW2, G2, DOT)
-                Y2 += dot(tl.trans(dW2), X2, DOT)
-                Y1 = dot(dW1, x, DOT) + db1
-                YG += tl.sum(Y1 * G1, 0)
+                dX2 += dot(X2bar, tl.trans(dS2), DOT)
                 dP1 -= dot(tl.trans(G1), dZ1bar, DOT)
-                dG1 = -dot(dZ1bar, tl.trans(PS1), DOT) - rate * Y1
+                dG1 -= dot(dZ1bar, tl.trans(PS1), DOT)
                 dq += dot(tl.trans(W1), dZ1bar, DOT)
-                dx -= rate * dot(tl.trans(dW1), G1, DOT)
 
                 Z1 = dot(W1, x, DOT) + b1
                 gate = gelu_gate(Z1)
@@ -147,6 +151,9 @@ def mlp_backward(
                 dZ1 = dG1 * dot(W2, G2, DOT) * gelu_second_derivative(Z1, gate)
                 dH = dG1 * slope
                 dG2 += dot(tl.trans(W2), dH, DOT)
+
+                # Read a second time: held meanwhile, it would be spilled.
+                dW1, db1, dW2 = load_block(dW1_FM, db1_M, dW2_MF, m, units, row_features, F, M)
                 dW1 += dot(dZ1bar, tl.trans(q), DOT)
                 db1 += tl.sum(dZ1bar, 1)[:, None]
                 dW2 += dot(X2bar, tl.trans(dZbar), DOT) + dot(dH, tl.trans(G2), DOT)

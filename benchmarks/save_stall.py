@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""How long training stands still for a checkpoint, written at once or in the background.
+
+    python benchmarks/save_stall.py [--pairs 5] [--output FILE.json] [key.path=value ...]
+
+Trains yaml_recipes/ttt_linear_125m.yaml on random tokens, in sequences and batches of a CPU's
+size, and saves by turns at once and in the background. The stall of a background save is what
+`save` takes and, between later steps, what it takes to publish what was written. Medians, and
+their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_ttt.config import load_config, to_dict
+from megatron_ttt.training.optimizer import gather_parameters
+from megatron_ttt.training.trainer import CheckpointWriter, Trainer, layout, start
+
+RECIPE = Path(__file__).parent.parent / "yaml_recipes/ttt_linear_125m.yaml"
+SEQUENCE, BATCH = 64, 1
+
+
+def main() -> None:
+    """Train, save, tell."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = measure(Path(scratch), arguments.pairs, arguments.overrides)
+    print(json.dumps(figures, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
+    """Seconds of stall, by kind of save."""
+    random = np.random.default_rng(0)
+    np.save(folder / "tokens.npy", random.integers(2, 32000, (1, BATCH, SEQUENCE + 1)))
+    common = [
+        f"data.fixed_batches={folder}/tokens.npy",
+        "data.train=[]",
+        "data.validation=[]",
+        "data.tokenizer_model=null",
+        f"training.seq_length={SEQUENCE}",
+        f"training.global_batch_size={BATCH}",
+        "training.micro_batch_size=1",
+        f"run.dir={folder}/run",
+        "run.device=cpu",
+    ]
+    config = load_config([RECIPE], [*common, *overrides])
+    trainer = Trainer(config, start(config))
+    batch = next(trainer.data.train_batches(0, 1))
+    writers = {
+        "at once": CheckpointWriter(),
+        "in the background": CheckpointWriter(asynchronous=True),
+    }
+    stalls = {kind: [] for kind in writers}
+    publishing, size = [], 0
+    for number in range(2 * pairs):
+        kind = list(writers)[number % 2]
+        trainer.train_step(batch)
+        path = folder / f"run/checkpoint-{number}"
+        state = {"step": number, "layout": layout(config), "config": to_dict(config)}
+        gather_parameters(trainer.ddp_chunks)
+        stall = writers[kind].save(path, trainer.chunks, trainer.optimizer, state)
+        while not path.exists():
+            trainer.train_step(batch)
+            began = time.perf_counter()
+            writers[kind].poll()
+            if path.exists():
+                publishing.append(time.perf_counter() - began)
+                stall += publishing[-1]
+        stalls[kind].append(stall)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        shutil.rmtree(path)
+        print(f"{kind}: {stall:.2f}s", flush=True)
+    medians = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
+    return {
+        "checkpoint_gigabytes": round(size / 1e9, 3),
+        "stalls": {kind: [round(s, 3) for s in seconds] for kind, seconds in stalls.items()},
+        "median": {kind: round(seconds, 3) for kind, seconds in medians.items()},
+        "of_it_publishing": round(statistics.median(publishing), 3),
+        "ratio": round(medians["in the background"] / medians["at once"], 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
