@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,6 @@ def workplace(tmp_path_factory) -> Path:
             path.write_bytes(gzip.compress(("\n".join(lines[shard::2]) + "\n").encode()))
     quickstart = folder / "runs/quickstart/data"
     quickstart.mkdir(parents=True)
-    (folder / "data").mkdir()
     (folder / "text.jsonl").write_text("\n".join(lines))
     train_tokenizer([str(folder / "text.jsonl")], str(quickstart / "tokenizer"), 350)
     os.symlink(quickstart / "tokenizer.model", folder / "tokenizer.model")
@@ -104,6 +104,8 @@ def run(words: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs_or_says_why_not(page, workplace):
+    shutil.rmtree(workplace / "data", ignore_errors=True)  # another page's
+    (workplace / "data").mkdir()
     for block, why_not in blocks(page):
         if why_not:
             continue
