@@ -28,5 +28,6 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# ARGS='--config RECIPE --trial', ARGS='--nodes HOST HOST': docs/multi_node.md
 doctor: $(STAMP)
-	$(BIN)/python -m megatron_ttt.doctor
+	$(BIN)/python -m megatron_ttt.doctor $(ARGS)
