@@ -18,11 +18,14 @@ def size(tensor) -> int:
 
 
 def kind_of(group) -> str:
+    """By its ranks: megatron-core has several groups of the same."""
     from megatron.core import parallel_state
 
-    if group is parallel_state.get_tensor_model_parallel_group():
+    ranks = dist.get_process_group_ranks(group)
+    if ranks == dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()):
         return "tensor"
-    return "data" if group is parallel_state.get_data_parallel_group() else "pipeline"
+    data = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    return "data" if ranks == data else "pipeline"
 
 
 def watch(name: str, whole, times: int) -> None:
