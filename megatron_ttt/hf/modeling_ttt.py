@@ -271,7 +271,7 @@ def depthwise(config: TTTConfig) -> nn.Conv1d:
 
 
 class TTTPreConv(nn.Module):
-    """The Mamba backbone's first branch: conv(RMSNorm(h))."""
+    """The Mamba backbone's first branch: h + conv(RMSNorm(h))."""
 
     def __init__(self, config: TTTConfig):
         super().__init__()
@@ -281,7 +281,7 @@ class TTTPreConv(nn.Module):
     def forward(self, h_BLD: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
         x = self.norm(h_BLD)
         tail = read_tail(cache, "conv", x, self.conv.kernel_size[0], span)
-        return causal_conv(self.conv, x, tail)
+        return h_BLD + causal_conv(self.conv, x, tail)
 
 
 class TTTMixer(nn.Module):
@@ -431,7 +431,7 @@ class TTTDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, h_BLD: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
         if self.pre_conv:
-            h_BLD = h_BLD + self.conv(h_BLD, span, cache)
+            h_BLD = self.conv(h_BLD, span, cache)
         h_BLD = h_BLD + self.seq_modeling_block(self.seq_norm(h_BLD), span, cache)
         return h_BLD + self.mlp(self.ffn_norm(h_BLD))
 

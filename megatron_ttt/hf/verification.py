@@ -21,6 +21,7 @@ from megatron_ttt.config import Config, ModelConfig, TrainingConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import official_from_model
 from megatron_ttt.hf.mapping import official_names, pack, parameter_shapes
+from megatron_ttt.layers.norm import PostNorm
 from megatron_ttt.model import EMBEDDING
 
 Read = Callable[[str], Tensor]
@@ -187,6 +188,8 @@ class StreamedMegatron:
 
     def _record(self, name: str):
         def hook(module, arguments, output):
+            if isinstance(module, PostNorm):  # theirs has no gate
+                output = module.forward(arguments[0])
             output = output[0] if isinstance(output, tuple) else output
             # Cloned: megatron-core adds the residual in place.
             self.outputs[f"model.layers.{self.number}.{name}"] = output.transpose(0, 1).clone()
