@@ -150,21 +150,20 @@ def test_goes_on_when_the_disk_is_read_only(build, whole, tmp_path, capsys):
         subprocess.run(["umount", "-l", run_dir], check=True)
     trainer.train_step(next(batches))
     trainer.save()
-    assert trainer.writer.failure is None and steps(run_dir)[-1] == 4
+    assert trainer.saver.failure is None and steps(run_dir)[-1] == 4
 
 
 def test_metrics_wait_for_room(build, whole, small_disk, capsys):
     run_dir = small_disk / "run"
     take_up(whole, run_dir)
     trainer = build(f"run.dir={run_dir}")
-    log = trainer._open_log()
-    assert len(log_lines(run_dir)) == 2
-    ballast = fill(small_disk, 0)
-    for step in range(3, 60):
-        log.step(step, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, 0)
-    assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left") == 1
-    ballast.unlink()
-    log.close()
+    with trainer._open_log() as log:
+        assert len(log_lines(run_dir)) == 2
+        ballast = fill(small_disk, 0)
+        for step in range(3, 60):
+            log.step(step, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, 0)
+        assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left") == 1
+        ballast.unlink()
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, 60))
 
 
@@ -174,12 +173,12 @@ def log_lines(run_dir: Path) -> list[bytes]:
 
 def test_a_slow_disk_is_told(build, tmp_path, monkeypatch, capsys):
     from megatron_ttt.checkpoint import manifest
-    from megatron_ttt.training import trainer as module
+    from megatron_ttt.training import saving
 
-    monkeypatch.setattr(module, "SLOW_SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(saving, "SLOW_SAVE_SECONDS", 0.5)
     fsync = os.fsync
     monkeypatch.setattr(manifest.os, "fsync", lambda file: (time.sleep(0.5), fsync(file)))
     trainer = build(f"run.dir={tmp_path}/run")
-    trainer.saved_at = time.perf_counter()
+    trainer.saver.saved_at = time.perf_counter()
     trainer.save()
     assert "the disk is slow, or checkpoint.save_every small" in capsys.readouterr().out
