@@ -81,7 +81,7 @@ def train(config: Config, overrides: list[str]) -> None:
     parallel = config.parallel.model_parallel_size
     python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", parallel),
-        *("pretrain_ttt.py", "--config", RECIPE, *overrides),
+        *("pretrain_ttt.py", "--config", RECIPE, "logging.inner_statistics_every=20", *overrides),
     )
 
 
