@@ -10,6 +10,7 @@ Without torchrun it is a job of one process. `--print-config` shows the resolved
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 
@@ -70,7 +71,13 @@ def main() -> int:
     at = Whereabouts()
     with naming_lost_ranks(at):
         platform = start(config)
-        stopped = Trainer(config, platform, stop, at).train()
+        trainer = Trainer(config, platform, stop, at)
+        # What stands now lives as long as the run: saves need not collect among it.
+        gc.freeze()
+        try:
+            stopped = trainer.train()
+        finally:
+            gc.unfreeze()
         dist.barrier()
     dist.destroy_process_group()
     return EXIT_STOPPED if stopped else 0

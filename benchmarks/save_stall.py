@@ -12,6 +12,7 @@ their ratio.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -22,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ttt.checkpoint.state import layout
+from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import load_config, to_dict
 from megatron_ttt.training.optimizer import gather_parameters
-from megatron_ttt.training.trainer import CheckpointWriter, Trainer, layout, start
+from megatron_ttt.training.trainer import Trainer, start
 
 RECIPE = Path(__file__).parent.parent / "yaml_recipes/ttt_linear_125m.yaml"
 SEQUENCE, BATCH = 64, 1
@@ -64,6 +67,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
     ]
     config = load_config([RECIPE], [*common, *overrides])
     trainer = Trainer(config, start(config))
+    gc.freeze()  # as pretrain_ttt.py does
     batch = next(trainer.data.train_batches(0, 1))
     writers = {
         "at once": CheckpointWriter(),
@@ -89,6 +93,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         size = sum(file.stat().st_size for file in path.iterdir())
         shutil.rmtree(path)
         print(f"{kind}: {stall:.2f}s", flush=True)
+    gc.unfreeze()
     medians = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
     return {
         "checkpoint_gigabytes": round(size / 1e9, 3),

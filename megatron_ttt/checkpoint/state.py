@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+)
 from torch import nn
 
 from megatron_ttt.checkpoint.store import Checkpoint
@@ -38,7 +43,21 @@ def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
     if optimizer is not None:
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
         tree["rng"] = _rng_object()
+    apply_factories(tree)
+    for entry in nested_values(tree):
+        if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu":
+            entry.data = _with_own_storage(entry.data)
     return tree
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, under a storage that begins and ends with the tensor: megatron-core copies
+    views before it writes them, while training waits."""
+    if not tensor.is_contiguous():
+        return tensor
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(integers[tensor.element_size()])
+    return torch.from_numpy(bits.numpy()).view(tensor.dtype)
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:

@@ -7,8 +7,12 @@ bf16 and fp32 parameters.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -92,11 +96,39 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
             model_param, {"step": state["step"], **tensors}
         )
 
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict, is_loading=False, metadata=None
+    ):
+        """What super() gives. Alone in its data-parallel group a rank has every parameter whole:
+        nothing is gathered then, which would copy the state five times over."""
+        if is_loading or self.data_parallel_group.size() > 1:
+            return super().sharded_param_state_fully_reshardable(
+                model_sharded_state_dict, is_loading, metadata
+            )
+        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        of_parameter = {entry.data: entry for entry in nested_values(tensors)}
+        parameters = [p for buffer in self.buffers for p in buffer.param_index_map]
+        return {
+            number: {
+                kind: _like(of_parameter[parameter], f"optimizer.state.{kind}", tensor)
+                for kind, tensor in self._get_main_param_and_optimizer_states(parameter).items()
+                if kind != "step"
+            }
+            for number, parameter in enumerate(parameters)
+        }
+
     def load_state_dict(self, state_dict):
         """super() gives every parameter the same `step` tensor, which then counts each of them."""
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+
+def _like(entry: ShardedTensor | ShardedTensorFactory, prefix: str, tensor: torch.Tensor):
+    """A parameter's entry in a checkpoint, for a tensor of its optimizer state."""
+    more = {"dtype": tensor.dtype} if isinstance(entry, ShardedTensor) else {}
+    data = tensor.detach().view(entry.data.shape)
+    return replace(entry, key=f"{prefix}.{entry.key}", data=data, **more)
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
