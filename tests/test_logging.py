@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import ROOT, environment, run
+from small_run import STEPS, small_recipe
 
 from megatron_ttt.training.live import sparkline
 
-STEPS = 8
 COMMAND = [sys.executable, "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
 FIGURES = {"loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "data_wait_share"}
 INNER = {f"inner/layer_{layer:02d}/loss_after" for layer in (1, 2)}
@@ -26,23 +26,8 @@ INNER = {f"inner/layer_{layer:02d}/loss_after" for layer in (1, 2)}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> list[str]:
-    """Overrides of a small run on fixed batches, without validation."""
-    tokens = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(2, 96, (STEPS, 4, 33)))
-    return [
-        f"data.fixed_batches={tokens}",
-        "data.train=[]",
-        "data.validation=[]",
-        "data.tokenizer_model=null",
-        f"training.steps={STEPS}",
-        "training.seq_length=32",
-        "training.global_batch_size=4",
-        "model.vocab_size=96",
-        "model.hidden_size=32",
-        "model.ffn_hidden_size=64",
-        "checkpoint.save_every=3",
-        "logging.live=true",
-    ]
+    """Overrides of a small run, in a live view."""
+    return [*small_recipe(tmp_path_factory.mktemp("tokens")), "logging.live=true"]
 
 
 @pytest.fixture(scope="module")
