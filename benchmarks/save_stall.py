@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -23,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ttt.checkpoint.state import layout
+from megatron_ttt.checkpoint.store import checkpoint_name
 from megatron_ttt.checkpoint.writer import CheckpointWriter
-from megatron_ttt.config import load_config, to_dict
-from megatron_ttt.training.optimizer import gather_parameters
+from megatron_ttt.config import load_config
 from megatron_ttt.training.trainer import Trainer, start
 
 RECIPE = Path(__file__).parent.parent / "yaml_recipes/ttt_linear_125m.yaml"
@@ -64,6 +62,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         "training.micro_batch_size=1",
         f"run.dir={folder}/run",
         "run.device=cpu",
+        "checkpoint.keep=1",
     ]
     config = load_config([RECIPE], [*common, *overrides])
     trainer = Trainer(config, start(config))
@@ -78,10 +77,11 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
     for number in range(2 * pairs):
         kind = list(writers)[number % 2]
         trainer.train_step(batch)
-        path = folder / f"run/checkpoint-{number}"
-        state = {"step": number, "layout": layout(config), "config": to_dict(config)}
-        gather_parameters(trainer.ddp_chunks)
-        stall = writers[kind].save(path, trainer.chunks, trainer.optimizer, state)
+        path = trainer.run_dir / checkpoint_name(trainer.step)
+        trainer.saver.writer = writers[kind]
+        began = time.perf_counter()
+        trainer.save()
+        stall = time.perf_counter() - began
         while not path.exists():
             trainer.train_step(batch)
             began = time.perf_counter()
@@ -91,7 +91,6 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
                 stall += publishing[-1]
         stalls[kind].append(stall)
         size = sum(file.stat().st_size for file in path.iterdir())
-        shutil.rmtree(path)
         print(f"{kind}: {stall:.2f}s", flush=True)
     gc.unfreeze()
     medians = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}

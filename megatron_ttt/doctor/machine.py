@@ -49,6 +49,7 @@ def _devices() -> Iterator[Finding]:
     yield Finding("good", "machine", text)
     if not torch.cuda.is_available():
         yield Finding("note", "devices", "no GPU: runs use the CPU and gloo, at toy size")
+        return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = (
