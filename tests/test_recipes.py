@@ -41,7 +41,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize("layer,size,context,gpus", COMBINATIONS)
 def test_a_plan_fits(layer, size, context, gpus):
     config = load(f"{layer}_{size}{context}", overlay_for(size, context, gpus))
-    plan = dry_run(config, gpus)
+    plan = dry_run(config, gpus, gpu="H100")
     assert plan["tokens_per_step"] == TOKENS_PER_STEP
     assert plan["memory_gib_per_rank"]["total"] < GPU_GIB
 
