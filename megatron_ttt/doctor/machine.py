@@ -15,8 +15,8 @@ import psutil
 import torch
 
 from megatron_ttt.doctor.findings import Finding
+from megatron_ttt.planning.cost import GIB
 
-GIB = 2**30
 DISK_TEST_BYTES = 256 * 2**20
 SLOW_DISK_BYTES_PER_SECOND = 100e6
 

@@ -22,9 +22,9 @@ import yaml
 from megatron_ttt.config import Config, check_layout, to_dict
 from megatron_ttt.data.indexed import bin_path
 from megatron_ttt.doctor.findings import Finding
-from megatron_ttt.doctor.machine import GIB
 from megatron_ttt.errors import UserError
 from megatron_ttt.planning import memory_per_rank
+from megatron_ttt.planning.cost import GIB
 
 STEPS = 10
 RESUME_FROM = 5

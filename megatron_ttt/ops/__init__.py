@@ -8,12 +8,12 @@ and `wide_norm.py`; `fused.py` says where it runs in kernels.
 """
 
 import warnings
-from functools import cache, reduce
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from megatron_ttt.ops.naive import naive_scan
+from megatron_ttt.ops.naive import naive_scan, widened
 from megatron_ttt.ops.scan import torch_scan
 
 
@@ -74,9 +74,7 @@ def ttt_scan(
     if len(state) not in (2, 4):
         raise ValueError(f"state has {len(state)} tensors: give (W, b) or (W1, b1, W2, b2)")
     inputs = q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF
-    dtype = reduce(torch.promote_types, (x.dtype for x in (*inputs, *state)), torch.float32)
-    heads = q_BHLF.shape[:2]
-    state = tuple(W.to(dtype).expand(*heads, *W.shape[-2:]) for W in state)
+    state = widened(state, inputs)
     if backend == "auto":
         backend = choose(q_BHLF, tau_K, state)
     elif backend == "triton":

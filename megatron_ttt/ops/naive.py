@@ -7,11 +7,22 @@ Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches. B
 tensors are [B, H, ...] and go by their names in the maths; x is a mini-batch's keys.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LN_EPS = 1e-6
+
+
+def widened(state: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The state [B, H, ...] in the dtype to compute in: float32, or float64 if any tensor is.
+
+    inputs: the scan's other tensors, [B, H, ...] the first of them.
+    """
+    dtype = reduce(torch.promote_types, (x.dtype for x in (*inputs, *state)), torch.float32)
+    return tuple(W.to(dtype).expand(*inputs[0].shape[:2], *W.shape[-2:]) for W in state)
 
 
 def naive_scan(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ttt.ops.naive import linear_mini_batch, mlp_mini_batch, normalise
+from megatron_ttt.ops.naive import linear_mini_batch, mlp_mini_batch, normalise, widened
 
 
 class InnerStatistics(NamedTuple):
@@ -62,13 +62,10 @@ def inner_statistics(
     k_unrotated_BHLF: the keys before RoPE, which target_var is defined on. Computed in float32, or
     float64 if any argument is. A sequence shorter than a mini-batch has no losses (N = 0).
     """
-    dtype = torch.float32
-    for tensor in (k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, *state):
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    heads, K, N = k_BHLF.shape[:2], len(tau_K), k_BHLF.shape[2] // len(tau_K)
+    state = widened(state, (k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF))
+    dtype, K, N = state[0].dtype, len(tau_K), k_BHLF.shape[2] // len(tau_K)
     tau = tau_K.to(dtype)
     gamma, beta = (x.to(dtype).unsqueeze(-2) for x in (gamma_HF, beta_HF))
-    state = tuple(W.to(dtype).expand(*heads, *W.shape[-2:]) for W in state)
     initial, mini_batch = state, linear_mini_batch if len(state) == 2 else mlp_mini_batch
 
     losses = tau.new_empty(3, N)

@@ -7,10 +7,9 @@ import time
 from typing import Any
 
 from megatron_ttt.config import Config
+from megatron_ttt.planning.cost import GIB
 from megatron_ttt.training.live import LiveView
 from megatron_ttt.training.loggers import open_loggers, say
-
-GIB = 2**30
 
 
 class MetricsLog:

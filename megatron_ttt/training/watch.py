@@ -23,7 +23,6 @@ from megatron_ttt.training.inner_loop import (
 from megatron_ttt.training.loggers import say
 from megatron_ttt.training.optimizer import gather_parameters
 from megatron_ttt.training.optimizer_checks import (
-    Sums,
     differing_main_parameters,
     first_difference,
     optimizer_checksums,
@@ -50,6 +49,7 @@ class RunWatch:
         self.optimizer, self.run_forward = optimizer, run_forward
         self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
         self.reported_at = -REPORT_PAUSE
+        self.checked_at, self.checksums = -1, {}
 
     def inner_figures(self, step: int, microbatches: list[Tensor]) -> dict[str, float]:
         """The inner loop's figures for the log, at the steps that want them; else none."""
@@ -86,7 +86,9 @@ class RunWatch:
 
     def optimizer_checksums(self, step: int) -> dict[str, str]:
         """Before a save, with current weights: what is in the optimizer, for state.json."""
-        return to_json(self._check_copies(step))
+        if self.checked_at != step:
+            self._check_copies(step)
+        return to_json(self.checksums)
 
     def check_loaded(self, checkpoint: Checkpoint) -> None:
         """Raise TrainingError unless the optimizer is what it was when the checkpoint was saved."""
@@ -112,8 +114,8 @@ class RunWatch:
         table = inner_table(self._inner_statistics(microbatches))
         self._say(f"The inner loop at step {step}:\n{table}")
 
-    def _check_copies(self, step: int) -> Sums:
-        """Raise TrainingError where what must be equal is not; return the optimizer's checksums."""
+    def _check_copies(self, step: int) -> None:
+        """Raise TrainingError where what must be equal is not; keep the optimizer's checksums."""
         sums, differing_state = optimizer_checksums(self.chunks, self.optimizer)
         for what, names in (
             ("copies of {} parameters differ between ranks", differing_replicas(self.chunks)),
@@ -131,7 +133,7 @@ class RunWatch:
                     f"{what.format(len(names))} at step {step}, {names[0]} among them: some rank's "
                     "memory or network is faulty; resume from the last checkpoint on other machines"
                 )
-        return sums
+        self.checked_at, self.checksums = step, sums
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:
