@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import environment
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def test_shared_memory_fits_a_multiprocessor(records):
         assert 0 <= record["shared_bytes"] <= record["shared_limit"], record
 
 
+@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="each ptxas has its own")
 def test_heads_of_64_spill_no_more_than_is_known(records):
     """Registers that do not fit cost loads from local memory; the bound is what is known."""
     for record in records:
