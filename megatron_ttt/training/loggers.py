@@ -154,12 +154,16 @@ class TensorBoard:
         self.has_failed = False
 
     def write(self, record: dict[str, Any]) -> None:
+        if self.has_failed:
+            return
         with self._while_there_is_room():
             for name, figure in record.items():
                 if name != "step":
                     self.writer.add_scalar(name, figure, record["step"])
 
     def flush(self) -> None:
+        if self.has_failed:
+            return
         with self._while_there_is_room():
             self.writer.flush()
 
@@ -169,7 +173,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _while_there_is_room(self) -> Iterator[None]:
-        """Leave the rest undone where writing fails, or has failed before."""
+        """Leave the rest undone where writing fails."""
         try:
             yield
         except OSError as error:
