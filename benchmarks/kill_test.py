@@ -142,7 +142,9 @@ class Run:
         os.kill(launcher.pid, signal.SIGSTOP)
         ranks = psutil.Process(launcher.pid).children()
         if not self.forked:
-            ranks = [p for p in ranks if "pretrain_ttt.py" in p.cmdline()]
+            # One that has just ended, and has no command line any more, is no rank to kill.
+            running = (p for p in ranks if p.status() != psutil.STATUS_ZOMBIE)
+            ranks = [p for p in running if "pretrain_ttt.py" in p.cmdline()]
         inside = self.saving()
         if alone and ranks:
             chance.choice(ranks).kill()
