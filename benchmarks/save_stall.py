@@ -6,7 +6,7 @@
 Trains yaml_recipes/ttt_linear_125m.yaml on random tokens, in sequences and batches of a CPU's
 size, and saves by turns at once and in the background. The stall of a background save is what
 `save` takes and, between later steps, what it takes to publish what was written. Medians, and
-their ratio.
+their ratio; and what a step takes alone, and where the memory it writes to is a writer's snapshot.
 """
 
 from __future__ import annotations
@@ -73,18 +73,25 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         "in the background": CheckpointWriter(asynchronous=True),
     }
     stalls = {kind: [] for kind in writers}
+    steps = {"alone": [], "first beside a writer": []}
     publishing, size = [], 0
     for number in range(2 * pairs):
         kind = list(writers)[number % 2]
+        began = time.perf_counter()
         trainer.train_step(batch)
+        steps["alone"].append(time.perf_counter() - began)
         path = trainer.run_dir / checkpoint_name(trainer.step)
         trainer.saver.writer = writers[kind]
         began = time.perf_counter()
         trainer.save()
         stall = time.perf_counter() - began
+        writing = time.perf_counter()
         while not path.exists():
             trainer.train_step(batch)
             began = time.perf_counter()
+            if writing is not None:
+                steps["first beside a writer"].append(began - writing)
+                writing = None
             writers[kind].poll()
             if path.exists():
                 publishing.append(time.perf_counter() - began)
@@ -92,6 +99,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         stalls[kind].append(stall)
         size = sum(file.stat().st_size for file in path.iterdir())
         print(f"{kind}: {stall:.2f}s", flush=True)
+    trainer.saver.wait()
     gc.unfreeze()
     medians = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
     return {
@@ -99,6 +107,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         "stalls": {kind: [round(s, 3) for s in seconds] for kind, seconds in stalls.items()},
         "median": {kind: round(seconds, 3) for kind, seconds in medians.items()},
         "of_it_publishing": round(statistics.median(publishing), 3),
+        "median_step": {kind: round(statistics.median(s), 3) for kind, s in steps.items()},
         "ratio": round(medians["in the background"] / medians["at once"], 4),
     }
 

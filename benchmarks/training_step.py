@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,8 @@ class StepBenchmark:
             self.platform = self.platform or start(config)
             trainer = Trainer(config, self.platform)
             microbatches = [torch.from_numpy(batch[0])]
+            if self.device == "cuda":
+                microbatches = [tokens.pin_memory() for tokens in microbatches]
 
             def step():
                 trainer.train_step(microbatches)
@@ -105,6 +108,8 @@ class StepBenchmark:
                 "mfu": peak and flops / peak,
                 "peak_bytes": self.platform.peak_memory_bytes(),
             }
+            if self.device == "cuda":
+                record["waits"] = waits(lambda: trainer.train_step(microbatches))
             slowest = slowest_kernels(step, self.device)
         self._release()
         return record, slowest
@@ -117,6 +122,18 @@ class StepBenchmark:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def waits(step) -> list[str]:
+    """Where in a step the host waits for the device: file and line, once each time."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
 
 
 def slowest_kernels(step, device: str, steps: int = 2, count: int = 25) -> list[dict]:

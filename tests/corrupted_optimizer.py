@@ -1,4 +1,4 @@
-"""Under torchrun, two ranks: a step, a bit flipped, and what the checks say.
+"""Under torchrun, two ranks: a step, a bit flipped, a save, what it says and what is there then.
 
     corrupted_optimizer.py WHAT key.path=value ...
 
@@ -30,13 +30,14 @@ if what == "moment" and dist.get_rank() == 1:
     shard.state["exp_avg_sq"].view(torch.int32)[5] ^= 1 << 3
 said = "nothing"
 try:
-    trainer.watch.optimizer_checksums(1)
+    trainer.save()
+    trainer.saver.wait()
 except TrainingError as error:
     said = str(error)
 everyones = [None] * dist.get_world_size()
 dist.all_gather_object(everyones, said)
 if dist.get_rank() == 0:
     assert len(set(everyones)) == 1, everyones
-    print(f"said: {said}")
+    print(f"said: {said}; saved: {sorted(path.name for path in trainer.run_dir.glob('*'))}")
 dist.barrier()
 dist.destroy_process_group()

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from megatron_ttt.config import load_config
 from megatron_ttt.model import build_chunks, core_config, initialise_weights
-from megatron_ttt.training.health import differing_replicas
+from megatron_ttt.training.optimizer import build_optimizer, wrap_chunks
+from megatron_ttt.training.optimizer_checks import differing_weights, sum_up
 from megatron_ttt.training.trainer import start
 
 config = load_config(["yaml_recipes/debug_cpu.yaml"], sys.argv[1:])
@@ -14,10 +15,17 @@ platform = start(config)
 chunks = build_chunks(config, core_config(config, platform))
 for chunk in chunks:
     initialise_weights(chunk, config.model, seed=0)
-before = differing_replicas(chunks)
+optimizer = build_optimizer(config, wrap_chunks(config, chunks))
+
+
+def found() -> list[str]:
+    return differing_weights(sum_up(chunks, optimizer), platform.device)
+
+
+before = found()
 if dist.get_rank() == 1:
     chunks[0].decoder.final_layernorm.weight.data[3] += 1e-6
-after = differing_replicas(chunks)
+after = found()
 if dist.get_rank() == 0:
     print(f"before {before}, after {after}")
 dist.barrier()

@@ -1,18 +1,25 @@
 """Disks that fill up, turn read-only or are slow while a checkpoint is written."""
 
+import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from harness import ROOT, run
 from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_for
 
 from megatron_ttt.checkpoint.manifest import find_damage
+from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
+from megatron_ttt.training import saving
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +180,6 @@ def log_lines(run_dir: Path) -> list[bytes]:
 
 def test_a_slow_disk_is_told(build, tmp_path, monkeypatch, capsys):
     from megatron_ttt.checkpoint import manifest
-    from megatron_ttt.training import saving
 
     monkeypatch.setattr(saving, "SLOW_SAVE_SECONDS", 0.5)
     fsync = os.fsync
@@ -182,3 +188,61 @@ def test_a_slow_disk_is_told(build, tmp_path, monkeypatch, capsys):
     trainer.saver.saved_at = time.perf_counter()
     trainer.save()
     assert "the disk is slow, or checkpoint.save_every small" in capsys.readouterr().out
+
+
+def test_old_checkpoints_go_behind_training(build, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    trainer = build(f"run.dir={run_dir}", "checkpoint.keep=1")
+    batches = trainer.data.train_batches(0, STEPS)
+    go, rmtree = threading.Event(), shutil.rmtree
+
+    def slow(path, **options):
+        if not options:  # in the background
+            go.wait(60)
+        rmtree(path, **options)
+
+    trainer.train_step(next(batches))
+    trainer.save()
+    monkeypatch.setattr(saving.shutil, "rmtree", slow)
+    trainer.train_step(next(batches))
+    trainer.save()
+    assert steps(run_dir) == [2] and (run_dir / ".removed-checkpoint-1").is_dir()
+    monkeypatch.setattr(saving.shutil, "rmtree", rmtree)
+    threading.Timer(0.2, go.set).start()
+    trainer.train_step(next(batches))
+    trainer.save()  # waits for the room of the first
+    assert not (run_dir / ".removed-checkpoint-1").exists()
+    trainer.saver.wait()
+    assert steps(run_dir) == [3] and not list(run_dir.glob(".*"))
+
+
+def save_behind(trainer, look) -> None:
+    """Save in the background, in whose process `look` is called; give it a minute."""
+    trainer.watch.checks = lambda step: Checks(look, lambda seen: {"seen": seen})
+    trainer.save()
+    (process,) = multiprocessing.active_children()
+    process.join(60)
+    process.kill()
+    trainer.saver.wait()
+
+
+def test_a_writer_in_the_background_has_no_threads_to_wait_for(build, tmp_path):
+    """OpenMP's threads are not in a fork; what needs them would wait for ever."""
+    trainer = build(f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true")
+    threads, many = torch.get_num_threads(), torch.ones(1 << 22)
+    torch.set_num_threads(2)
+    try:
+        many.sum()
+        save_behind(trainer, lambda: int(many.sum()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    state = json.loads((tmp_path / "run/checkpoint-0/state.json").read_text())
+    assert state["seen"] == 1 << 22
+
+
+def test_a_writer_in_the_background_that_is_killed(build, tmp_path, capsys):
+    trainer = build(f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true")
+    save_behind(trainer, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert "checkpoint-0 was not saved (rank 0: " in capsys.readouterr().out
+    assert list((tmp_path / "run").iterdir()) == []

@@ -75,6 +75,7 @@ def test_a_run_goes_on_from_the_newest_that_is_good(recipe, whole, tmp_path):
     state = run_dir / "checkpoint-6/state.json"
     state.write_text(state.read_text() + " ")
     (run_dir / ".incomplete-checkpoint-7").mkdir()
+    shutil.copytree(run_dir / "checkpoint-3", run_dir / ".removed-checkpoint-1")
     output = run([sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"])
     assert "Skipped" in output and "checkpoint-6: state.json has" in output
     assert "checkpoint-3 at step 3" in output

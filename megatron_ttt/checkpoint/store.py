@@ -180,11 +180,15 @@ def link_milestone(checkpoint: Path, step: int) -> None:
     os.rename(temporary, milestone)
 
 
-def prune(run_dir: Path, keep: int) -> list[Path]:
+def prune(
+    run_dir: Path, keep: int, remove_tree: Callable[[Path], None] = shutil.rmtree
+) -> list[Path]:
     """Remove all checkpoints but the `keep` newest and the one of the best validation loss; 0 keeps
     all. Milestones stay. Returns what went.
 
-    Call it when the newest has just been published: then a good one is always left.
+    Call it when the newest has just been published: then a good one is always left. remove_tree: is
+    given what is no checkpoint by name any more, to remove at its leisure; what it leaves, if the
+    process is killed, `remove_leftovers` finds.
     """
     checkpoints = [
         listed.path for listed in list_checkpoints(run_dir) if listed.kind == "checkpoint"
@@ -193,7 +197,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     best = _best(checkpoints)
     doomed = [path for path in old if path != best]
     for path in doomed:
-        _remove(path)
+        _remove(path, remove_tree)
     return doomed
 
 
@@ -216,9 +220,9 @@ def _best(checkpoints: list[Path]) -> Path | None:
     return min(known, key=losses.get, default=None)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, remove_tree: Callable[[Path], None] = shutil.rmtree) -> None:
     """Remove a checkpoint, under another name: cut short, no half of it is left behind."""
     doomed = path.parent / f".removed-{path.name}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)

@@ -1,8 +1,8 @@
 """Writing checkpoints: under a temporary name, in the background on request, published when whole.
 
 The training processes hold a snapshot only as long as it takes to fork (on CUDA, to copy to the
-host): the forked writers write it and sum it up, while training goes on. When all have done, the
-checkpoint gets its manifest and its name; that takes all ranks a moment between two steps.
+host): the forked writers check it, write it and sum it up, while training goes on. When all have
+done, the checkpoint gets its manifest and its name: a moment of all ranks between two steps.
 
 A disk may fail on one rank alone, at any file. That rank keeps its error (`faults.HeldErrors`)
 until all ranks can hear of it, so that none is left waiting for it: then all give the checkpoint up
@@ -12,16 +12,18 @@ together, the temporary folder goes, and what was published before is as it was.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import queue
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -33,13 +35,27 @@ from megatron_ttt.checkpoint.faults import HeldErrors, SaveError, SaveStrategy, 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
 from megatron_ttt.checkpoint.state import checkpoint_tree
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
-from megatron_ttt.errors import UserError
+from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.platform.compat import (
     ResultsFile,
     guard_common_state,
     mcore_save_options,
     use_results_file,
 )
+
+
+class Checks(NamedTuple):
+    """What a snapshot must pass before it is published.
+
+    look: of this rank's memory, without communication; what it returns is pickled. A forked writer
+    calls it, so that what is checked is what is written, and training does not wait for it. A fork
+    cannot use CUDA: there it is called before, where the device reads all its memory in a moment.
+    agree: of what `look` returned, collective: what goes into state.json besides. Raises
+    TrainingError, on all ranks, where the snapshot must not be published.
+    """
+
+    look: Callable[[], Any]
+    agree: Callable[[Any], dict[str, Any]]
 
 
 class CheckpointWriter:
@@ -62,6 +78,7 @@ class CheckpointWriter:
         self._calls = AsyncCallsQueue(persistent=False)
         use_results_file()
         self._path = self._temporary = Path()
+        self._is_first = True
 
     def save(
         self,
@@ -69,52 +86,61 @@ class CheckpointWriter:
         chunks: list[nn.Module],
         optimizer,
         state: dict[str, Any],
+        *,
+        checks: Checks | None = None,
         published: Callable[[float], None] = lambda seconds: None,
     ) -> float:
         """Write a checkpoint folder; return how many seconds the caller was held up.
 
-        chunks: unwrapped, with current weights. optimizer: None saves the weights alone. state:
+        chunks: unwrapped, with current weights, the same at every call; that together they hold
+        each tensor once is looked at in the first. optimizer: None saves the weights alone. state:
         what goes into state.json, with at least `step` and `config`. published: called on rank 0
-        when the folder has its name, with the seconds since this call.
+        when the folder has its name, with the seconds since this call. What `checks` raise comes
+        out of the call that would publish: this one, or in the background `poll` or `wait`.
         """
         started = time.perf_counter()
         self.wait()
-        held = HeldErrors()
-        try:
+        held, results = HeldErrors(), ResultsFile()
+        checks = checks or Checks(look=lambda: None, agree=lambda seen: {})
+        state = {"has_optimizer": optimizer is not None, **state}
+        with self._giving_up():
             self._new_folder(path, held)
             tree = checkpoint_tree(chunks, optimizer)
-            text = json.dumps({"has_optimizer": optimizer is not None, **state}, indent=1)
             guard_common_state(held.hold)
-            strategy, checksums = SaveStrategy(held), ResultsFile()
+            strategy = SaveStrategy(held)
             request = dist_checkpointing.save(
                 tree,
                 str(self._temporary),
                 sharded_strategy=strategy,
+                validate_access_integrity=self._is_first,
                 async_sharded_save=True,
                 **mcore_save_options(),
             )
-            if strategy.files:
-                write = partial(
-                    _write_and_describe,
-                    request.async_fn,
-                    [self._temporary / name for name in strategy.files],
-                    checksums,
-                )
-                request = request._replace(async_fn=write)
+            self._is_first = False
+            look = checks.look
+            if next(chunks[0].parameters()).is_cuda:
+                seen = checks.look()
+                look = lambda: seen  # noqa: E731
+            write = partial(
+                _write_and_describe,
+                request.async_fn,
+                [self._temporary / name for name in strategy.files],
+                look,
+                results,
+            )
 
             def finish():
-                self._publish(text, held, checksums)
+                self._publish(state, held, results, checks)
                 if dist.get_rank() == 0:
                     published(time.perf_counter() - started)
 
             # megatron-core's own last file, metadata.json, is written there too.
             request.finalize_fns[1:] = [finish]
             if self.asynchronous:
+                request = request._replace(async_fn=partial(_in_fork, write))
                 self._calls.schedule_async_request(request)
             else:
-                request.execute_sync()
-        except (SaveError, CheckpointException) as error:
-            self._give_up(error)
+                request._replace(async_fn=write).execute_sync()
         return time.perf_counter() - started
 
     def poll(self) -> None:
@@ -127,10 +153,27 @@ class CheckpointWriter:
         self._finalize(blocking=True)
 
     def _finalize(self, *, blocking: bool) -> None:
-        try:
+        with self._giving_up():
             self._calls.maybe_finalize_async_calls(blocking=blocking)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Leave nothing of a checkpoint that cannot be written, or must not be published."""
+        try:
+            yield
         except (SaveError, CheckpointException) as error:
-            self._give_up(error)
+            why = [in_words(error)]
+            dist.broadcast_object_list(why)  # rank 0 alone has a CheckpointException's words
+            self._discard()
+            self.failure = why[0]
+            self._failed(self._path, why[0])
+        except TrainingError:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _new_folder(self, path: Path, held: HeldErrors) -> None:
         """A temporary folder of a name that no writer of a killed run can still be writing to."""
@@ -142,42 +185,59 @@ class CheckpointWriter:
                 self._temporary.mkdir(parents=True)
         held.together()
 
-    def _publish(self, state: str, held: HeldErrors, checksums: ResultsFile) -> None:
+    def _publish(
+        self, state: dict[str, Any], held: HeldErrors, results: ResultsFile, checks: Checks
+    ) -> None:
         """Check off what all ranks have written, and give it its name."""
         folder = self._temporary
+        own, seen = {}, None
+        with held.hold():
+            own, seen = _result(results)
+        described = {name: file for one in held.together(own) for name, file in one.items()}
+        state = {**state, **checks.agree(seen)}
         if dist.get_rank() == 0:
             with held.hold():
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-                write_durably(folder / STATE_FILE, state)
-        own = {}
-        with contextlib.suppress(queue.Empty):
-            own = checksums.get_nowait()
-        described = {name: seen for one in held.together(own) for name, seen in one.items()}
-        if dist.get_rank() == 0:
-            with held.hold():
+                write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
                 for name in set(folder_files(folder)) - set(described):
                     described[name] = describe(folder / name)
                 publish(folder, self._path, described)
         held.together()
         self.failure = None
 
-    def _give_up(self, error: SaveError | CheckpointException) -> None:
-        """Remove what was written of a checkpoint, and tell why on all ranks."""
-        why = [in_words(error)]
-        dist.broadcast_object_list(why)  # rank 0 alone has a CheckpointException's words
-        if dist.get_rank() == 0:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        self.failure = why[0]
-        self._failed(self._path, why[0])
+
+def _in_fork(write: Callable, *arguments, **options) -> None:
+    """What a forked writer does, which has none of its parent's threads, and its memory only until
+    it writes to it."""
+    gc.disable()
+    torch.set_num_threads(1)
+    write(*arguments, **options)
 
 
 def _write_and_describe(
-    write: Callable, files: list[Path], checksums: ResultsFile, *arguments, **options
+    write: Callable | None,
+    files: list[Path],
+    look: Callable[[], Any],
+    results: ResultsFile,
+    *arguments,
+    **options,
 ) -> None:
-    """What a forked writer does: write this rank's files, and look at them while they are near."""
-    write(*arguments, **options)
+    """Look at the memory, write this rank's files (write: None if it has none), and look at them
+    while they are near."""
+    seen, described = look(), {}
+    if write is not None:
+        write(*arguments, **options)
     with contextlib.suppress(OSError):  # `write` tells of files that are not there
-        checksums.put({path.name: describe(path) for path in files})
+        described = {path.name: describe(path) for path in files}
+    results.put((described, seen))
+
+
+def _result(results: ResultsFile) -> tuple[dict[str, dict[str, int | str]], Any]:
+    """What this rank's writer has put there."""
+    try:
+        return results.get_nowait()
+    except queue.Empty:
+        raise RuntimeError("the process that wrote it ended early") from None
 
 
 def _refuse(path: Path, why: str) -> None:

@@ -48,6 +48,8 @@ class Data:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             self.config.data.num_workers,
+            # Where `platform.start` chooses CUDA.
+            pin_memory=self.config.run.device != "cpu" and torch.cuda.is_available(),
         )
 
 

@@ -44,7 +44,8 @@ class TokenLoader:
     for each the list of its microbatches, int64 CPU tensors [micro_batch_size, L + 1].
 
     With `num_workers` the samples are fetched ahead in that many processes, which are spawned: a
-    fork of a process that runs gloo or CUDA threads is not safe. Raises `UserError` when the
+    fork of a process that runs gloo or CUDA threads is not safe. `pin_memory` puts the microbatches
+    where a GPU fetches them from while the host goes on. Raises `UserError` when the
     dataset ends before the last step, and when the batch sizes do not come out even.
     """
 
@@ -56,6 +57,7 @@ class TokenLoader:
     dp_rank: int = 0
     dp_size: int = 1
     num_workers: int = 0
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         self._microbatches(self.first_step)
@@ -76,6 +78,7 @@ class TokenLoader:
             batch_sampler=chain.from_iterable(map(self._microbatches, steps)),
             collate_fn=_stack,
             num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
             multiprocessing_context="spawn" if self.num_workers else None,
             # A generator of its own: DataLoader draws a seed, which must not advance the run's.
             generator=torch.Generator(),

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch import Tensor
 
 
 def mcore_save_options() -> dict[str, Any]:
@@ -21,6 +22,16 @@ def mcore_save_options() -> dict[str, Any]:
     """
     parameters = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
+
+
+def gradients_for_norm(optimizer) -> list[Tensor]:
+    """Of one of megatron-core's optimizers: this rank's gradients that count in the norm.
+
+    What tensor-parallel ranks hold alike is on one of them alone. Renamed after 0.16.
+    """
+    if hasattr(optimizer, "get_main_grads_for_grad_norm"):
+        return optimizer.get_main_grads_for_grad_norm()
+    return optimizer.get_grads_for_grad_norm()
 
 
 def use_results_file() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ttt.model import global_parameters
@@ -106,40 +104,3 @@ def _place_of(name: str) -> int:
 def _in_words(place: int, name: str | None = None) -> str:
     words = {_EMBEDDING: "the embedding", _FINAL: "the final norm"}.get(place, f"layer {place}")
     return f"{words} ({name})" if name else words
-
-
-def differing_replicas(chunks: list[nn.Module]) -> list[str]:
-    """Parameters whose copies on other ranks hold other bits, by name. Collective.
-
-    Every parameter has a copy on each data-parallel rank; those that are not cut also one on each
-    tensor-parallel rank. The weights must be current (`optimizer.gather_parameters`).
-    """
-    found = set()
-    parameters = [pair for chunk in chunks for pair in global_parameters(chunk)]
-    whole = [p for p in parameters if not getattr(p[1], "tensor_model_parallel", False)]
-    for group, copies in (
-        (parallel_state.get_data_parallel_group(), parameters),
-        (parallel_state.get_tensor_model_parallel_group(), whole),
-    ):
-        if group.size() == 1 or not copies:
-            continue
-        sums = torch.stack([checksum(parameter) for _, parameter in copies])
-        everyones = [torch.empty_like(sums) for _ in range(group.size())]
-        dist.all_gather(everyones, sums, group=group)
-        same = (torch.stack(everyones) == sums).all(0).tolist()
-        found |= {name for (name, _), equal in zip(copies, same) if not equal}
-    return said_by_any(found)
-
-
-def said_by_any(found: set[str]) -> list[str]:
-    """What is in any rank's set, the same on every rank. Collective."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return sorted(set().union(*everyone))
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits, taken as integers, as far as 32 bits hold it: an int64 scalar."""
-    integers = torch.int16 if tensor.element_size() == 2 else torch.int32
-    # In int32, which wraps: five times as fast as a sum that widens each number.
-    return tensor.detach().contiguous().view(integers).sum(dtype=torch.int32).to(torch.int64)

@@ -6,10 +6,11 @@ bf16 and fp32 parameters.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -25,11 +26,11 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ttt.config import Config
+from megatron_ttt.platform.compat import gradients_for_norm
 
 
 def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedDataParallel]:
@@ -166,21 +167,51 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     return optimizer
 
 
-def step_optimizer(optimizer, loss: float) -> tuple[float, bool]:
-    """Clip and step on the reduced gradients; return their norm and whether a step was taken.
+@torch.no_grad()
+def step_optimizer(optimizer, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip and step on the reduced gradients; return their norm and whether that was left out.
 
-    None is where the loss or the norm is not finite: weights and moments then stay as they are.
+    It is left out where loss (a scalar on the device) or norm is not finite: weights and moments
+    then stay as they are, bit for bit. Both results are scalars on the device, the norm in float64,
+    the other 1.0 or 0.0 in float32. The host launches a step that is left out like any other, and
+    waits for nothing: torch's fused AdamW looks at `found_inf` on the device. Transformer Engine's
+    and Apex's Adam do not, so that with one of them the host reads the flag before they step.
     """
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return grad_norm, False
+    norm = gradient_norm(optimizer)
+    skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
+    if HAVE_APEX_OR_TE and skipped.item():
+        return norm, skipped
     for inner in optimizer.chained_optimizers:
-        parameters, clip = inner.get_parameters(), inner.config.clip_grad
-        if parameters and clip > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+        _clip(inner, norm)
+        inner.optimizer.found_inf = skipped
     optimizer.step_with_ready_grads()
-    return grad_norm, True
+    return norm, skipped
+
+
+def gradient_norm(optimizer) -> Tensor:
+    """The 2-norm of the gradients of all ranks, as megatron-core's `get_grad_norm` counts it.
+
+    A float64 scalar on the device; that one reads a number a tensor. To be called on all ranks.
+    """
+    gradients = [g for inner in optimizer.chained_optimizers for g in gradients_for_norm(inner)]
+    if gradients:
+        square = torch.stack(torch._foreach_norm(gradients)).norm() ** 2
+    else:
+        square = torch.zeros((), device=optimizer.get_loss_scale().device)
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.double().sqrt()
+
+
+def _clip(inner: DistributedOptimizer, norm: Tensor) -> None:
+    """Scale the gradients of one optimizer down to its `clip_grad`, by a factor on the device.
+
+    That is 1 where nothing is clipped, and whatever it likes where norm is not finite.
+    """
+    limit = inner.config.clip_grad
+    gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
+    if gradients and limit > 0:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp_max(1.0).float())
 
 
 def set_learning_rate(optimizer, learning_rate: float) -> None:
@@ -191,8 +222,10 @@ def set_learning_rate(optimizer, learning_rate: float) -> None:
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     """Make the weights current: with overlapped gathering they are stale after a step until the
-    next forward. Call before anything but training reads them."""
+    next forward. Call before anything but training reads them. Alone in its data-parallel group, a
+    rank has them all: gathering would copy each onto itself."""
+    alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
     for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
+        if chunk.ddp_config.overlap_param_gather and not alone:
             chunk.disable_forward_pre_hook()
             chunk.enable_forward_pre_hook()

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_ttt.errors import TrainingError
 from megatron_ttt.model import EMBEDDING, global_parameters
-from megatron_ttt.training.health import checksum, said_by_any
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 """Per parameter: the main parameter and AdamW's two moments."""
@@ -67,37 +67,95 @@ def shards(chunks: list[nn.Module], optimizer) -> Iterator[tuple[str, nn.Paramet
             )
 
 
-def differing_main_parameters(chunks: list[nn.Module], optimizer) -> list[str]:
-    """Parameters that are not, bit for bit, what their main parameters round to. Collective."""
-    found = set()
-    for name, _, shard in shards(chunks, optimizer):
-        # An fp32 weight is its own main parameter.
-        if shard is not None and shard.weight.dtype != torch.float32:
-            rounded = shard.state["param"].to(shard.weight.dtype)
-            if not torch.equal(rounded.view(torch.int16), shard.weight.view(torch.int16)):
-                found.add(name)
-    return said_by_any(found)
+class Seen(NamedTuple):
+    """What one rank sees in its own memory, in plain numbers: one process can tell another."""
+
+    names: list[str]
+    cut: list[bool]
+    """Whether the parameter is cut over tensor-parallel ranks."""
+    sums: list[list[int]]
+    """Of each parameter: checksums of this rank's copy of the weight, then of its shard of each of
+    KINDS (0 where it has none), and whether the weight is not what its main parameter rounds to."""
 
 
-def optimizer_checksums(chunks: list[nn.Module], optimizer) -> tuple[Sums, list[str]]:
-    """The checksums of the whole state, and the names where copies of it differ between ranks.
-
-    Collective; every rank gets the same. The weights must be current (`gather_parameters`).
-    """
+@torch.no_grad()
+def sum_up(chunks: list[nn.Module], optimizer) -> Seen:
+    """Sum up what is here; not collective. The weights must be current (`gather_parameters`)."""
     names, cut, sums = [], [], []
     for name, parameter, shard in shards(chunks, optimizer):
         names.append(name)
         cut.append(getattr(parameter, "tensor_model_parallel", False))
         none = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        parts = [none] * len(KINDS) if shard is None else map(checksum, shard.state.values())
-        sums.append(torch.stack(list(parts)))
-    table = torch.stack(sums)
+        parts, differs = [none] * len(KINDS), none
+        if shard is not None:
+            parts = [checksum(shard.state[kind]) for kind in KINDS]
+            # An fp32 weight is its own main parameter.
+            if shard.weight.dtype != torch.float32:
+                rounded = shard.state["param"].to(shard.weight.dtype)
+                differs = (rounded.view(torch.int16) != shard.weight.view(torch.int16)).any()
+        sums.append(torch.stack([checksum(parameter), *parts, differs.to(torch.int64)]))
+    return Seen(names, cut, torch.stack(sums).tolist())
+
+
+def agree(seen: Seen, step: int, device: torch.device) -> dict[str, str]:
+    """The optimizer's checksums, for state.json, of what all ranks have seen at a step.
+
+    Collective; every rank gets the same. Raises TrainingError on all of them where copies, or a
+    weight and its main parameter, differ.
+    """
+    sums, differing_state = optimizer_checksums(seen, device)
+    unlike_main = {name for name, row in zip(seen.names, seen.sums) if row[-1]}
+    for what, names in (
+        ("copies of {} parameters differ between ranks", differing_weights(seen, device)),
+        ("copies of the optimizer state of {} parameters differ between ranks", differing_state),
+        (
+            "{} parameters are not what the optimizer's main parameters round to",
+            said_by_any(unlike_main),
+        ),
+    ):
+        if names:
+            raise TrainingError(
+                f"{what.format(len(names))} at step {step}, {names[0]} among them: some rank's "
+                "memory or network is faulty; resume from the last checkpoint on other machines"
+            )
+    return to_json(sums)
+
+
+def differing_weights(seen: Seen, device: torch.device) -> list[str]:
+    """Parameters whose copies on other ranks hold other bits, by name. Collective.
+
+    Every parameter has a copy on each data-parallel rank; those that are not cut also one on each
+    tensor-parallel rank.
+    """
+    found = set()
+    copies = [(name, cut, row[0]) for name, cut, row in zip(*seen)]
+    for group, compared in (
+        (parallel_state.get_data_parallel_group(), copies),
+        (parallel_state.get_tensor_model_parallel_group(), [c for c in copies if not c[1]]),
+    ):
+        if group.size() == 1 or not compared:
+            continue
+        sums = torch.tensor([number for *_, number in compared], device=device)
+        everyones = [torch.empty_like(sums) for _ in range(group.size())]
+        dist.all_gather(everyones, sums, group=group)
+        same = (torch.stack(everyones) == sums).all(0).tolist()
+        found |= {name for (name, *_), equal in zip(compared, same) if not equal}
+    return said_by_any(found)
+
+
+def optimizer_checksums(seen: Seen, device: torch.device) -> tuple[Sums, list[str]]:
+    """The checksums of the whole state, and the names where copies of it differ between ranks.
+
+    Collective; every rank gets the same.
+    """
+    table = torch.tensor([row[1:-1] for row in seen.sums], device=device)
     dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
 
     group = parallel_state.get_model_parallel_group()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     everyones = [None] * group.size()
-    dist.all_gather_object(everyones, (stage, names, cut, table.tolist()), group=group)
+    own = (stage, seen.names, seen.cut, table.tolist())
+    dist.all_gather_object(everyones, own, group=group)
     # Of each parameter: by stage (the embedding is on two), the sums of its tensor-parallel ranks.
     seen: dict[str, dict[int, list]] = defaultdict(lambda: defaultdict(list))
     is_cut = {}
@@ -130,3 +188,17 @@ def first_difference(saved: dict[str, str], loaded: dict[str, str]) -> str | Non
             kinds = [kind for kind, a, b in zip(KINDS, there, here) if a != b]
             return f"{' and '.join(kinds or KINDS)} of {name}"
     return None
+
+
+def said_by_any(found: set[str]) -> list[str]:
+    """What is in any rank's set, the same on every rank. Collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return sorted(set().union(*everyone))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, taken as integers, as far as 32 bits hold it: an int64 scalar."""
+    integers = torch.int16 if tensor.element_size() == 2 else torch.int32
+    # In int32, which wraps: five times as fast as a sum that widens each number.
+    return tensor.detach().contiguous().view(integers).sum(dtype=torch.int32).to(torch.int64)

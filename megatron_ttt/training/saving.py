@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from megatron_ttt.checkpoint.store import (
     prune,
     write_pointer,
 )
-from megatron_ttt.checkpoint.writer import CheckpointWriter
+from megatron_ttt.checkpoint.writer import CheckpointWriter, Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
@@ -42,7 +44,7 @@ class Saver:
         self.writer = CheckpointWriter(
             asynchronous=config.checkpoint.asynchronous, failed=self._failed
         )
-        self.poll, self.wait = self.writer.poll, self.writer.wait
+        self.removals: list[threading.Thread] = []
         self.saved_at = time.perf_counter()
 
     @property
@@ -50,21 +52,32 @@ class Saver:
         """Why the last checkpoint was not written; None if it was."""
         return self.writer.failure
 
+    def poll(self) -> None:
+        """Publish what has been written; call it between steps."""
+        self.writer.poll()
+
+    def wait(self) -> None:
+        """Until all is written and published, and what goes for it is gone."""
+        self.writer.wait()
+        self._wait_for_removals()
+
     def save(
         self,
         chunks: list[nn.Module],
         optimizer,
         state: dict[str, Any],
+        checks: Checks,
         *,
         milestone: bool,
         since: float,
     ) -> None:
         """Write checkpoint-STEP/ of unwrapped chunks with current weights, and when it has its name
-        what goes with it. state: for state.json (see the writer). since: when training stopped
-        for it, by time.perf_counter."""
+        what goes with it. state, checks: see the writer. since: when training stopped for it, by
+        time.perf_counter."""
+        self._wait_for_removals()  # there may be no room but theirs
         path = self.run_dir / checkpoint_name(state["step"])
         published = partial(self._published, path, state["step"], milestone)
-        self.writer.save(path, chunks, optimizer, state, published)
+        self.writer.save(path, chunks, optimizer, state, checks=checks, published=published)
         stall, trained = time.perf_counter() - since, since - self.saved_at
         self.saved_at = time.perf_counter()
         if self.is_first_rank and self.config.checkpoint.asynchronous:
@@ -82,10 +95,27 @@ class Saver:
             write_pointer(path)
             if milestone:
                 link_milestone(path, step)
-            prune(self.run_dir, self.config.checkpoint.keep)
+            prune(self.run_dir, self.config.checkpoint.keep, self._remove_behind)
         except OSError as error:
             say(f"Warning: {path} is good, but what follows a save failed: {error}")
         self._start_exports(path, step, milestone)
+
+    def _remove_behind(self, path: Path) -> None:
+        """Remove a folder while training goes on: gigabytes take a while. The process does not end
+        before."""
+
+        def remove():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                say(f"Warning: {path} could not be removed: {error}")
+
+        self.removals.append(threading.Thread(target=remove))
+        self.removals[-1].start()
+
+    def _wait_for_removals(self) -> None:
+        while self.removals:
+            self.removals.pop().join()
 
     def _failed(self, path: Path, why: str) -> None:
         """What all ranks do when a checkpoint could not be written."""

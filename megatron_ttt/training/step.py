@@ -1,4 +1,7 @@
-"""One pass over a global batch through megatron-core's schedules, and its loss."""
+"""One pass over a global batch through megatron-core's schedules, and its loss.
+
+Nothing here waits for the device: the loss is left on it.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,11 @@ def run_batches(
     device: torch.device,
     *,
     forward_only: bool = False,
-) -> float:
+) -> Tensor:
     """Run this rank's microbatches ([mbs, L+1] token ids each); return the global batch's loss.
 
-    Every rank returns the same number: the mean over microbatches and data-parallel ranks. Unless
-    forward_only, gradients are left reduced in the DDP buffers.
+    The loss, a float32 scalar on the device, is the same on every rank: the mean over microbatches
+    and data-parallel ranks. Unless forward_only, gradients are left reduced in the DDP buffers.
     """
     size, length = microbatches[0].shape
     results = get_forward_backward_func()(
@@ -69,4 +72,4 @@ def run_batches(
         parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    return loss.item()
+    return loss

@@ -48,7 +48,7 @@ class StopRequests:
         code = self._signal or (_TIME_IS_UP if time_is_up else 0)
         if self._launcher not in (None, os.getppid()):
             code = _LAUNCHER_IS_GONE
-        everyones = torch.tensor(code, device=device)
+        everyones = torch.full((), code, device=device)  # not copied from the host
         dist.all_reduce(everyones, dist.ReduceOp.MAX)
         code = int(everyones.item())
         if code == 0:

@@ -226,7 +226,10 @@ class Trainer:
         return self.stop.reason(self.platform.device, self.config.training.exit_after_minutes)
 
     def train_step(self, microbatches: list[torch.Tensor]) -> dict[str, float]:
-        """One optimizer step on this rank's microbatches; returns what it measured."""
+        """One optimizer step on this rank's microbatches; returns what it measured.
+
+        The host runs ahead of the device and reads from it once, when all is launched.
+        """
         step = self.step + 1
         scale = inner_lr_scale(self.config, step)
         rate = learning_rate(self.config, step)
@@ -236,10 +239,11 @@ class Trainer:
         set_inner_lr_scale(self.chunks, scale)
         loss = self._run(microbatches)
         set_learning_rate(self.optimizer, rate)
-        grad_norm, stepped = step_optimizer(self.optimizer, loss)
+        grad_norm, skipped = step_optimizer(self.optimizer, loss)
+        loss, grad_norm, skipped = torch.stack([loss, grad_norm, skipped]).tolist()
         self.step = step
-        self.bad_steps_in_a_row = 0 if stepped else self.bad_steps_in_a_row + 1
-        self.skipped_steps += not stepped
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
+        self.skipped_steps += bool(skipped)
         figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm}
         if self.config.model.is_ttt:
             figures["ttt_lr_mult"] = scale
@@ -247,8 +251,9 @@ class Trainer:
             figures["skipped_steps"] = self.skipped_steps
         return figures
 
-    def _run(self, microbatches: list[torch.Tensor], *, forward_only: bool = False) -> float:
-        """The loss of a global batch, of which these are this rank's microbatches."""
+    def _run(self, microbatches: list[torch.Tensor], *, forward_only: bool = False) -> torch.Tensor:
+        """The loss of a global batch, of which these are this rank's microbatches: a scalar on the
+        device."""
         masked_id, device = self.data.masked_id, self.platform.device
         return run_batches(
             self.ddp_chunks, microbatches, masked_id, device, forward_only=forward_only
@@ -256,9 +261,9 @@ class Trainer:
 
     @torch.no_grad()
     def _run_forward(self, microbatches: list[torch.Tensor]) -> float:
-        """As `_run`, without gradients and in evaluation mode."""
+        """As `_run`, without gradients, in evaluation mode, and read."""
         self._mode(training=False)
-        loss = self._run(microbatches, forward_only=True)
+        loss = self._run(microbatches, forward_only=True).item()
         self._mode(training=True)
         return loss
 
@@ -286,14 +291,19 @@ class Trainer:
             "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
-            "optimizer_checksums": self.watch.optimizer_checksums(self.step),
             "data": self.data_fingerprints,  # rank 0's, which writes this
         }
         validated_step, loss = self.last_validation
         if validated_step == self.step:
             state["val_loss"] = loss
-        milestone = self._milestone_due()
-        self.saver.save(self.chunks, self.optimizer, state, milestone=milestone, since=since)
+        self.saver.save(
+            self.chunks,
+            self.optimizer,
+            state,
+            self.watch.checks(self.step),
+            milestone=self._milestone_due(),
+            since=since,
+        )
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0

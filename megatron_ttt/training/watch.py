@@ -10,10 +10,11 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.ops.statistics import InnerStatistics
-from megatron_ttt.training.health import SpikeWatch, differing_replicas, first_bad_place
+from megatron_ttt.training.health import SpikeWatch, first_bad_place
 from megatron_ttt.training.inner_loop import (
     inner_figures,
     inner_table,
@@ -23,9 +24,10 @@ from megatron_ttt.training.inner_loop import (
 from megatron_ttt.training.loggers import say
 from megatron_ttt.training.optimizer import gather_parameters
 from megatron_ttt.training.optimizer_checks import (
-    differing_main_parameters,
+    agree,
     first_difference,
     optimizer_checksums,
+    sum_up,
     to_json,
 )
 
@@ -49,7 +51,7 @@ class RunWatch:
         self.optimizer, self.run_forward = optimizer, run_forward
         self.spike_watches = {name: SpikeWatch(name) for name in ("loss", "grad_norm")}
         self.reported_at = -REPORT_PAUSE
-        self.checked_at, self.checksums = -1, {}
+        self.device = next(chunks[0].parameters()).device
 
     def inner_figures(self, step: int, microbatches: list[Tensor]) -> dict[str, float]:
         """The inner loop's figures for the log, at the steps that want them; else none."""
@@ -82,20 +84,23 @@ class RunWatch:
         every = self.config.training.check_replicas_every
         if every and step % every == 0:
             gather_parameters(self.ddp_chunks)
-            self._check_copies(step)
+            agree(sum_up(self.chunks, self.optimizer), step, self.device)
 
-    def optimizer_checksums(self, step: int) -> dict[str, str]:
-        """Before a save, with current weights: what is in the optimizer, for state.json."""
-        if self.checked_at != step:
-            self._check_copies(step)
-        return to_json(self.checksums)
+    def checks(self, step: int) -> Checks:
+        """For a save with current weights: are copies what they must be, and what is in the
+        optimizer, for state.json. Raises TrainingError where that cannot be published."""
+        return Checks(
+            look=partial(sum_up, self.chunks, self.optimizer),
+            agree=lambda seen: {"optimizer_checksums": agree(seen, step, self.device)},
+        )
 
     def check_loaded(self, checkpoint: Checkpoint) -> None:
         """Raise TrainingError unless the optimizer is what it was when the checkpoint was saved."""
         saved = checkpoint.state.get("optimizer_checksums")
         if saved is None:
             return
-        loaded = to_json(optimizer_checksums(self.chunks, self.optimizer)[0])
+        seen = sum_up(self.chunks, self.optimizer)
+        loaded = to_json(optimizer_checksums(seen, self.device)[0])
         if difference := first_difference(saved, loaded):
             raise TrainingError(
                 f"{checkpoint.path} does not give back the optimizer that was saved ({difference} "
@@ -113,27 +118,6 @@ class RunWatch:
         self.reported_at = step
         table = inner_table(self._inner_statistics(microbatches))
         self._say(f"The inner loop at step {step}:\n{table}")
-
-    def _check_copies(self, step: int) -> None:
-        """Raise TrainingError where what must be equal is not; keep the optimizer's checksums."""
-        sums, differing_state = optimizer_checksums(self.chunks, self.optimizer)
-        for what, names in (
-            ("copies of {} parameters differ between ranks", differing_replicas(self.chunks)),
-            (
-                "copies of the optimizer state of {} parameters differ between ranks",
-                differing_state,
-            ),
-            (
-                "{} parameters are not what the optimizer's main parameters round to",
-                differing_main_parameters(self.chunks, self.optimizer),
-            ),
-        ):
-            if names:
-                raise TrainingError(
-                    f"{what.format(len(names))} at step {step}, {names[0]} among them: some rank's "
-                    "memory or network is faulty; resume from the last checkpoint on other machines"
-                )
-        self.checked_at, self.checksums = step, sums
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:

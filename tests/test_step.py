@@ -1,0 +1,69 @@
+"""The host reads from the device once a step, when all of it is launched."""
+
+import pytest
+import torch
+from harness import ROOT
+from small_run import STEPS, small_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ttt.config import load_config
+from megatron_ttt.training.trainer import Trainer
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+"""Methods of a tensor for which the host waits."""
+READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+"""Operations for which it waits, wherever they are called from."""
+
+
+class Reads(TorchDispatchMode):
+    """The names of the reads that happen in its context."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.within = [], 0
+        for name in READS:
+            monkeypatch.setattr(torch.Tensor, name, self.noted(name))
+
+    def noted(self, name):
+        method = getattr(torch.Tensor, name)
+
+        def read(tensor, *arguments, **options):
+            # A function mode, as the CPU's platform is, calls what it was called for once more.
+            if self.within == 0:
+                self.names.append(name)
+            self.within += 1
+            try:
+                return method(tensor, *arguments, **options)
+            finally:
+                self.within -= 1
+
+        return read
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if name in READING and self.within == 0:
+            self.names.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layer,backbone",
+    [("ttt_linear", "mamba"), ("ttt_mlp", "transformer"), ("attention", "transformer")],
+)
+def test_a_step_reads_once(cpu_platform, tmp_path, monkeypatch, layer, backbone, precision):
+    overrides = [
+        *small_recipe(tmp_path),
+        f"run.dir={tmp_path}/run",
+        f"model.layer={layer}",
+        f"model.backbone={backbone}",
+        f"training.precision={precision}",
+    ]
+    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    first, second, *_ = trainer.data.train_batches(0, STEPS)
+    trainer.train_step(first)
+    with monkeypatch.context() as patch, Reads(patch) as reads:
+        # Rounds a number of the host's by way of a tensor.
+        patch.setattr("megatron_ttt.training.trainer.inner_lr_scale", lambda config, step: 0.5)
+        trainer.train_step(second)
+    assert reads.names == ["tolist"]
