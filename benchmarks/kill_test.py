@@ -142,9 +142,7 @@ class Run:
         os.kill(launcher.pid, signal.SIGSTOP)
         ranks = psutil.Process(launcher.pid).children()
         if not self.forked:
-            # One that has just ended, and has no command line any more, is no rank to kill.
-            running = (p for p in ranks if p.status() != psutil.STATUS_ZOMBIE)
-            ranks = [p for p in running if "pretrain_ttt.py" in p.cmdline()]
+            ranks = [p for p in ranks if is_rank(p)]
         inside = self.saving()
         if alone and ranks:
             chance.choice(ranks).kill()
@@ -154,6 +152,14 @@ class Run:
                 process.kill()
         launcher.join()
         return inside
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether a launcher's child trains, and has not just ended."""
+    try:
+        return "pretrain_ttt.py" in process.cmdline()
+    except psutil.ZombieProcess:
+        return False
 
 
 class Torchrun(subprocess.Popen):

@@ -41,7 +41,12 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = function.overloadpacket.__name__
-        if name in READING and self.within == 0:
+        # A mask is made a list of places, of which the host must know the number; but for writing
+        # one number to them, which is a fill.
+        masked = name == "index" and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        )
+        if (name in READING or masked) and self.within == 0:
             self.names.append(name)
         return function(*arguments, **(options or {}))
 

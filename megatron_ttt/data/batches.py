@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
@@ -16,6 +17,7 @@ from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
 from megatron_ttt.data.sampling import TokenLoader
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError
+from megatron_ttt.platform import CUDA
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ class Data:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             self.config.data.num_workers,
-            # Where `platform.start` chooses CUDA.
-            pin_memory=self.config.run.device != "cpu" and torch.cuda.is_available(),
+            pin_memory=dist.get_backend() == CUDA.backend,
         )
 
 
