@@ -31,13 +31,34 @@ CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v
     "head_dim 96": (1, 1, 16 * 2 + 3, 96, 16, False, torch.float32),
     "head_dim 128, mini-batches of 64": (1, 1, 64 + 1, 128, 64, False, torch.float32),
     "head_dim 20, mini-batches of 32": (1, 1, 32 * 3, 20, 32, False, torch.float32),
-    "bf16 groups, a state per sequence": (2, 1, 16 * 4 + 5, 64, 16, True, torch.bfloat16),
+    "bf16 groups, a state per sequence": (2, 1, 16 * 2 + 5, 64, 16, True, torch.bfloat16),
     "bf16 head_dim 96": (1, 1, 16 * 2 + 3, 96, 16, False, torch.bfloat16),
 }
 
 
-def case(kind: str, B, H, L, F, K, per_batch, dtype) -> dict:
-    """The relative errors of outputs and gradients, and whether a second run gave other bits."""
+def case(kind: str, *arguments) -> dict:
+    """The relative errors of outputs and gradients, and whether a second run gave other bits.
+
+    In bf16 of three draws together: of tau's gradient, a few sums of terms that cancel, one draw
+    may leave little for the error to be relative to.
+    """
+    torch.manual_seed(0)
+    draws = [draw(kind, *arguments) for _ in range(3 if torch.bfloat16 in arguments else 1)]
+
+    def together(results: list[dict]) -> dict:
+        return {n: torch.cat([r[n].cpu().double().flatten() for r in results]) for n in results[0]}
+
+    expected = together([draw["expected"] for draw in draws])
+    results = together([draw["results"] for draw in draws])
+    return {
+        "errors": {name: relative(results[name], expected[name]) for name in expected},
+        "repeats": all(draw["repeats"] for draw in draws),
+        "same without gradients": all(draw["same without gradients"] for draw in draws),
+    }
+
+
+def draw(kind: str, B, H, L, F, K, per_batch, dtype) -> dict:
+    """Outputs and gradients for fresh random inputs, the kernels' and the naive form's."""
     tensors = inputs(kind, B, H, L, F, K, dtype=torch.float32, per_batch=per_batch)
     ours = [
         as_the_mixer_has_them(x, dtype) if i < 3 else on_device(x, torch.float32)
@@ -65,7 +86,8 @@ def case(kind: str, B, H, L, F, K, per_batch, dtype) -> dict:
     with torch.no_grad():
         silent = triton_scan(*ours[:7], expand(ours[7:]), group=GROUP)
     return {
-        "errors": {n: relative(x.cpu(), expected[n]) for n, x in zip(expected, first)},
+        "expected": expected,
+        "results": dict(zip(expected, first)),
         "repeats": all(map(torch.equal, first, second)),
         "same without gradients": torch.equal(silent[0], first[0]),
     }
