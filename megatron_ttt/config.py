@@ -7,6 +7,9 @@ A recipe may name others in `extends:`; it then holds only what differs from the
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,17 +271,16 @@ def _merge(trees: list[tuple[str, Any]], overrides: list[str]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is no override: write key.path=value")
-        trees.append((override, OmegaConf.from_dotlist([override])))
+        with _refusing(override):
+            trees.append((override, OmegaConf.from_dotlist([override])))
     merged = OmegaConf.structured(Config)
     for source, tree in trees:
-        for key in ("data.train", "data.validation"):
-            # One prefix needs no brackets, and "0.3 a 0.7 b" is how Megatron writes a blend.
-            if isinstance(prefixes := OmegaConf.select(tree, key), str):
-                OmegaConf.update(tree, key, prefixes.split())
-        try:
+        with _refusing(source):
+            for key in ("data.train", "data.validation"):
+                # One prefix needs no brackets, and "0.3 a 0.7 b" is how Megatron writes a blend.
+                if isinstance(prefixes := OmegaConf.select(tree, key), str):
+                    OmegaConf.update(tree, key, prefixes.split())
             merged = OmegaConf.merge(merged, tree)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{source}: {_one_line(error)}") from None
     config: Config = _to_dataclass(merged)
     validate(config)
     return config
@@ -294,38 +296,52 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """What YAML and OmegaConf make of a tree they cannot use, as one line that names its source."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """The trees of a recipe and of those it extends, in the order they are merged."""
+    path = Path(os.path.normpath(path))
     if path in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(map(str, (*seen, path)))}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not YAML: it is no text") from None
+    with _refusing(str(path)):
+        tree = yaml.safe_load(text)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not sections with keys")
     extends = tree.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
+        raise UserError(f"{path}: extends={extends} is neither a recipe's path nor a list of them")
     trees = [item for name in parents for item in _read(path.parent / name, (*seen, path))]
-    try:
+    with _refusing(str(path)):
         return [*trees, (str(path), OmegaConf.create(tree))]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
 
 
 def _to_dataclass(merged) -> Config:
-    missing = OmegaConf.missing_keys(merged)
-    if missing:
-        keys = ", ".join(sorted(missing))
-        raise UserError(f"not set: {keys}. Set each in the recipe or as key.path=value")
-    try:
+    with _refusing("the configuration"):
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            keys = ", ".join(sorted(missing))
+            raise UserError(f"not set: {keys}. Set each in the recipe or as key.path=value")
         return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
 
 
 def _one_line(error: OmegaConfBaseException) -> str:
@@ -354,6 +370,7 @@ def validate(config: Config) -> None:
     for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size"):
         _at_least(f"model.{name}", getattr(model, name), 1)
     _at_least("model.mini_batch_size", model.mini_batch_size, 1)
+    _at_least("model.conv_kernel", model.conv_kernel, 2)
     for name in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "log_every"):
         _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -368,6 +385,19 @@ def validate(config: Config) -> None:
         )
     _at_least("training.check_replicas_every", training.check_replicas_every, 0)
     _at_least("training.max_bad_steps", training.max_bad_steps, 1)
+    _at_least("training.eval_batches", training.eval_batches, 1)
+    _at_least("data.num_workers", config.data.num_workers, 0)
+    if not 0 <= config.run.seed < 2**32:
+        raise UserError(f"run.seed={config.run.seed} is out of range: set 0 to {2**32 - 1}")
+    optimizer = config.optimizer
+    for name in ("lr", "min_lr", "weight_decay", "eps", "clip_grad"):
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise UserError(
+                f"optimizer.{name}={getattr(optimizer, name)} is out of range: set 0 or more, "
+                "less than 1"
+            )
     if not 0 <= config.optimizer.warmup_fraction <= 1:
         raise UserError(
             f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} is no share: set 0 to 1"
@@ -460,8 +490,8 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value} is none of {', '.join(choices)}")
 
 
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
+def _at_least(key: str, value: float, least: int) -> None:
+    if not value >= least:  # NaN is not
         raise UserError(f"{key}={value} is too small: set {least} or more")
 
 

@@ -94,6 +94,16 @@ REFUSED = [
     ("training.exit_step=9999", "training.exit_step"),
     ("optimizer.warmup_fraction=2", "optimizer.warmup_fraction"),
     ("model=3", "model"),
+    ("data.train=[a,b", "data.train"),
+    ("data.train=${foo}", "foo"),
+    ("data.train.a=x", "data.train"),
+    ("run.dir=${oops}", "oops"),
+    ("model.conv_kernel=1", "model.conv_kernel"),
+    ("optimizer.beta2=1.5", "optimizer.beta2"),
+    ("optimizer.lr=.nan", "optimizer.lr"),
+    ("run.seed=-1", "run.seed"),
+    ("training.eval_batches=0", "training.eval_batches"),
+    ("data.num_workers=-1", "data.num_workers"),
 ]
 
 
@@ -107,8 +117,14 @@ def test_refuses_in_one_line(override, named):
 
 def test_refuses_broken_recipes(tmp_path):
     path = tmp_path / "recipe.yaml"
-    for text in ("model: [", "- a", "extends: recipe.yaml", "extends: gone.yaml", "model: {x: 1}"):
-        path.write_text(text)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/recipe.yaml").write_text("extends: ../recipe.yaml")
+    for text in (
+        *("model: [", "- a", "model: {x: 1}", "data: [1]", "\xff"),
+        *("extends: recipe.yaml", "extends: gone.yaml", "extends: other/recipe.yaml"),
+        *("extends:", "extends: 3", "extends: [1]"),
+    ):
+        path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError) as refusal:
             load_config([path])
         assert "\n" not in str(refusal.value)
