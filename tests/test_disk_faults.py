@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,9 @@ from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_f
 from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
+from megatron_ttt.platform.compat import ResultsFile
 from megatron_ttt.training import saving
+from megatron_ttt.training.loggers import JsonLines
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,25 @@ def test_metrics_wait_for_room(build, whole, small_disk, capsys):
 
 def log_lines(run_dir: Path) -> list[bytes]:
     return (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_metrics_wait_for_a_file_server(tmp_path, monkeypatch, capsys):
+    """Which may say only at an fsync that it is full."""
+    log = JsonLines(tmp_path / "metrics.jsonl", 0)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda number: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        log.write({"step": 1})
+        log.flush()
+    log.close(failed=False)
+    assert "metrics.jsonl may be lost: No space left on device" in capsys.readouterr().out
+
+
+def test_what_a_writer_found_needs_no_disk(small_disk, monkeypatch):
+    fill(small_disk, 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    results = ResultsFile()
+    results.put(["found"] * 10_000)
+    assert results.get_nowait() == ["found"] * 10_000
 
 
 def test_a_slow_disk_is_told(build, tmp_path, monkeypatch, capsys):

@@ -168,6 +168,14 @@ def test_a_missing_package_is_said_before_anything_is_built(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_account_that_is_missing_is_said(recipe, tmp_path):
+    command = ["env", "-u", "WANDB_API_KEY", f"HOME={tmp_path}", *COMMAND, *recipe]
+    output = run([*command, f"run.dir={tmp_path}/run", "logging.wandb_mode=online"], expect=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert "logging.wandb_mode=online: " in line and "wandb login" in line
+    assert "Traceback" not in output
+
+
 def test_event_files_end_where_there_is_no_room(tmp_path):
     script = """
 import resource, sys

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megatron_ttt import platform as platforms
+from megatron_ttt.errors import UserError
 from megatron_ttt.platform import cpu
 
 
@@ -54,6 +56,14 @@ def test_tracked_random_states_are_apart_and_come_back(cpu_platform):
     tracker.set_states(states)
     with tracker.fork():
         assert torch.equal(torch.rand(3), first)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="process 4 of this node has no GPU, there are 4"):
+        platforms.start("cuda")
 
 
 def test_nothing_but_the_cpu_file_patches():

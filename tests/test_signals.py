@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 from data.data_helpers import write_pair
-from harness import ROOT
-from small_run import STEPS, losses, ranks, small_recipe, start, steps, wait_for
+from harness import ROOT, environment
+from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
 
 from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.data.tokenizer_training import train_tokenizer
@@ -101,6 +103,21 @@ def test_sigterm_in_every_phase(recipe, indexed, tmp_path, phase):
         assert saved in ([3], [3, 4])
     assert all(find_damage(run_dir / f"checkpoint-{step}") is None for step in saved)
     assert not list(run_dir.glob(".*"))
+
+
+def test_sigterm_to_the_whole_process_group(recipe, indexed, tmp_path):
+    """As launchers send it: the processes that read ahead end with the run, not before."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, *COMMAND, *recipe, *indexed, f"run.dir={run_dir}"]
+    command += ["data.num_workers=1", "data.validation=[]", "training.steps=100000"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    wait_for(log, "Step 1:", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=GRACE) == 75, log.read_text()[-3000:]
+    assert steps(run_dir)[-1] == losses(run_dir)[-1][0]
 
 
 def test_a_rank_that_hangs_is_named(recipe, tmp_path):

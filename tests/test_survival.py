@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, damaged or go wrong, and what is left of them."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -135,7 +136,7 @@ def test_killed_at_any_moment_it_is_the_same_run(tmp_path):
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
-    for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 3.5)):
+    for step, loss in ((1, math.nan), (2, 3.0), (3, 4.0), (4, None), (5, 3.5)):
         path = tmp_path / f"checkpoint-{step}"
         path.mkdir()
         (path / "state.json").write_text(json.dumps({"step": step, "val_loss": loss}))

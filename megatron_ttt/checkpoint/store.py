@@ -10,6 +10,7 @@ still is. `latest` names the newest, for people and scripts; the trainer looks f
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -216,7 +217,7 @@ def _best(checkpoints: list[Path]) -> Path | None:
             losses[path] = json.loads((path / STATE_FILE).read_text()).get("val_loss")
         except (OSError, ValueError):
             continue
-    known = [path for path, loss in losses.items() if loss is not None]
+    known = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
     return min(known, key=losses.get, default=None)
 
 

@@ -5,6 +5,7 @@ Steps count from 0: step s is the one taken after s steps, and its global batch 
 a run resumes at step s by starting there.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -82,6 +83,8 @@ class TokenLoader:
             multiprocessing_context="spawn" if self.num_workers else None,
             # A generator of its own: DataLoader draws a seed, which must not advance the run's.
             generator=torch.Generator(),
+            # A launcher signals the process group: they end when this process does.
+            worker_init_fn=_leave_group,
         )
         fetched = iter(loader)
         for step in steps:
@@ -95,6 +98,10 @@ class TokenLoader:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
         )
+
+
+def _leave_group(worker: int) -> None:
+    os.setsid()
 
 
 def _stack(samples: Sequence[np.ndarray]) -> torch.Tensor:

@@ -42,6 +42,7 @@ class BackgroundExports:
                 env={**environment, "CUDA_VISIBLE_DEVICES": ""},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a launcher signals the process group
             )
         self._running.append(_Export(output, unpublished, log, process))
 

@@ -76,6 +76,11 @@ def start(kind: str = "auto", *, deterministic: bool = False) -> Platform:
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("run.device=cuda, but torch sees no GPU: set run.device=cpu or auto")
+        if (index := CUDA.device.index) >= torch.cuda.device_count():
+            raise UserError(
+                f"process {index} of this node has no GPU, there are {torch.cuda.device_count()}: "
+                "launch as many processes (--nproc-per-node), or see CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(CUDA.device)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

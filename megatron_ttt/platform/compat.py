@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pickle
 import queue
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,7 +48,8 @@ class ResultsFile:
     """A queue of one item, between a process and its forks."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+        # In memory: the disk may be full, which is what it then has to tell.
+        self._file = os.fdopen(os.memfd_create("results"), "w+b")
 
     def put(self, item: Any) -> None:
         self._file.seek(0)

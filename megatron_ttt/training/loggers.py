@@ -80,13 +80,22 @@ class JsonLines:
     def flush(self) -> None:
         self._write_out()
         if not self.disk_is_full:
-            os.fsync(self.file.fileno())
+            with self._warning():  # a file server may only now say that it is full
+                os.fsync(self.file.fileno())
 
     def close(self, failed: bool) -> None:
         self._write_out()
         if self.unwritten:
             say(f"Warning: the last {self.unwritten.count(10)} lines of {METRICS_FILE} are lost")
-        self.file.close()
+        with self._warning():
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            say(f"Warning: lines of {METRICS_FILE} may be lost: {error.strerror}")
 
     def _write_out(self) -> None:
         """Write what there is; on a full disk the rest stays for the next time."""
@@ -123,15 +132,21 @@ class WandB:
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
-        self.run = wandb.init(
-            project=config.logging.wandb_project,
-            name=run_dir.name,
-            id=run_id,
-            resume="allow",
-            mode=config.logging.wandb_mode,
-            dir=str(run_dir),
-            config=to_dict(config),
-        )
+        try:
+            self.run = wandb.init(
+                project=config.logging.wandb_project,
+                name=run_dir.name,
+                id=run_id,
+                resume="allow",
+                mode=config.logging.wandb_mode,
+                dir=str(run_dir),
+                config=to_dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"logging.wandb_mode={config.logging.wandb_mode}: {' '.join(str(error).split())}: "
+                "`wandb login` on rank 0's node, or set offline"
+            ) from None
 
     def write(self, record: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
