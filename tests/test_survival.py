@@ -18,7 +18,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_test import digests
 
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.store import find_newest, list_checkpoints, prune
+from megatron_ttt.checkpoint.store import (
+    check_architecture,
+    find_newest,
+    list_checkpoints,
+    prune,
+)
 from megatron_ttt.errors import UserError
 
 
@@ -82,6 +87,34 @@ def test_a_run_goes_on_from_the_newest_that_is_good(recipe, whole, tmp_path):
     assert "checkpoint-3 at step 3" in output
     assert losses(run_dir) == losses(whole)
     assert steps(run_dir) == [3, 6, 8] and not list(run_dir.glob(".*"))
+
+
+def test_a_run_goes_back_once_and_then_goes_on(recipe, whole, tmp_path):
+    """What was after the step it goes back to is neither gone on from nor counted as newest."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.copytree(whole / "checkpoint-6", run_dir / "milestone-6")
+    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}", "checkpoint.keep=2"]
+    command += [f"checkpoint.load={run_dir}/checkpoint-3"]
+    output = run([*command, "training.exit_step=4"])
+    aside = [f"abandoned-{name}" for name in ("checkpoint-6", "milestone-6", "checkpoint-8")]
+    assert f"not wanted: {', '.join(aside)}" in output
+    assert all((run_dir / name / "manifest.json").exists() for name in aside)
+    assert steps(run_dir) == [3, 4]
+    assert (run_dir / "latest").read_text() == "checkpoint-4\n"
+    assert f"Resumed from {run_dir}/checkpoint-4" in run([*command, "checkpoint.milestone_every=6"])
+    assert losses(run_dir) == losses(whole)
+    assert steps(run_dir) == [6, 6, 8]
+
+
+def test_a_checkpoint_of_another_function_is_warned_of(whole):
+    checkpoint = find_newest(whole)
+    model = checkpoint.config["model"]
+    said = []
+    check_architecture(checkpoint, {**model, "rope_theta": 5e5, "init_std": 1.0}, said.append)
+    assert len(said) == 1 and "model.rope_theta=10000.0, not 500000.0" in said[0]
+    with pytest.raises(UserError, match="num_layers"):
+        check_architecture(checkpoint, {**model, "num_layers": 3}, said.append)
 
 
 def test_saves_in_the_background(recipe, whole, tmp_path):

@@ -43,6 +43,8 @@ ARCHITECTURE = (
     "conv_kernel",
 )
 """Fields of the model section that a checkpoint and its reader must agree on."""
+FUNCTION = ("norm_eps", "rope_theta", "ttt_base_lr")
+"""Fields that leave the tensors' shapes as they are, but make another model of them."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,13 @@ def list_checkpoints(run_dir: str | Path) -> list[Listed]:
     return sorted(Listed(int(m[2]), m[1], path) for m, path in matches if m)
 
 
-def check_architecture(checkpoint: Checkpoint, model: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not this model's."""
+def check_architecture(
+    checkpoint: Checkpoint, model: dict[str, Any], say: Callable[[str], None] = print
+) -> None:
+    """Refuse a checkpoint whose tensors are not this model's; `say` what else makes it another."""
     saved = checkpoint.config["model"]
-    ignored = (
-        () if model["layer"].startswith("ttt") else ("backbone", "mini_batch_size", "conv_kernel")
-    )
+    of_ttt = ("backbone", "mini_batch_size", "conv_kernel", "ttt_base_lr")
+    ignored = () if model["layer"].startswith("ttt") else of_ttt
     differing = [
         f"{key}={saved[key]} there, {model[key]} here"
         for key in ARCHITECTURE
@@ -141,6 +144,12 @@ def check_architecture(checkpoint: Checkpoint, model: dict[str, Any]) -> None:
         raise UserError(
             f"{checkpoint.path} is of another architecture: model.{'; model.'.join(differing)}"
         )
+    for key in FUNCTION:
+        there, here = saved.get(key), model[key]
+        if there not in (None, here) and key not in ignored:
+            say(
+                f"Warning: {checkpoint.path} was trained with model.{key}={there}, now it is {here}"
+            )
 
 
 def temporary_path(path: Path, token: str) -> Path:
@@ -173,12 +182,29 @@ def write_pointer(path: Path) -> None:
 def link_milestone(checkpoint: Path, step: int) -> None:
     """Give a published checkpoint a second, lasting name, without a second copy of its files."""
     milestone = checkpoint.parent / milestone_name(step)
-    if milestone.exists():
-        return
     temporary = temporary_path(milestone, "link")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint, temporary, copy_function=os.link)
+    if milestone.exists():
+        _remove(milestone)  # of an earlier attempt, as in `publish`
     os.rename(temporary, milestone)
+
+
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Rename every checkpoint and milestone after `step` to abandoned-NAME, which nothing looks at.
+    Returns the new names.
+
+    Call it when a run goes on from `step`: were they still there, they would be its newest.
+    """
+    aside = []
+    for listed in list_checkpoints(run_dir):
+        if listed.step > step:
+            path = run_dir / f"abandoned-{listed.path.name}"
+            while path.exists():
+                path = path.with_name(path.name + "+")
+            os.rename(listed.path, path)
+            aside.append(path)
+    return aside
 
 
 def prune(

@@ -25,6 +25,8 @@ from megatron_ttt.checkpoint.store import (
     find_newest,
     open_checkpoint,
     remove_leftovers,
+    set_aside,
+    write_pointer,
 )
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
@@ -126,15 +128,24 @@ class Trainer:
             named = open_checkpoint(load)
             if damage := find_damage(named.path):
                 raise UserError(f"checkpoint.load={load} is damaged ({damage}): name another")
-            rewound = named.path.resolve().parent == self.run_dir.resolve()
-            if checkpoint is None or rewound:
+            if checkpoint is None or self._goes_back(checkpoint, named):
                 checkpoint = named
         if checkpoint is not None:
-            check_architecture(checkpoint, to_dict(self.config)["model"])
+            check_architecture(checkpoint, to_dict(self.config)["model"], say)
             self._check_data_position(checkpoint)
-            if checkpoint.path.resolve().parent == self.run_dir.resolve():
+            if self._is_own(checkpoint):
                 check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
         return checkpoint
+
+    def _is_own(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.path.resolve().parent == self.run_dir.resolve()
+
+    def _goes_back(self, newest: Checkpoint, named: Checkpoint) -> bool:
+        """Whether checkpoint.load means to go back to this one of the run's own. It does once: what
+        was trained since by the same command is gone on from, by a restart too."""
+        load = self.config.checkpoint.load
+        since = newest.step > named.step and newest.config["checkpoint"].get("load") == load
+        return self._is_own(named) and not since
 
     def _check_data_position(self, checkpoint: Checkpoint) -> None:
         here = self.config.training.global_batch_size
@@ -161,8 +172,13 @@ class Trainer:
         else:
             load_weights(checkpoint, self.chunks)
             self.optimizer.reload_model_params()
-        if self.is_first_rank:
-            say(f"Resumed from {checkpoint.path} at step {self.step}")
+        if not self.is_first_rank:
+            return
+        say(f"Resumed from {checkpoint.path} at step {self.step}")
+        if self._is_own(checkpoint) and (aside := set_aside(self.run_dir, self.step)):
+            write_pointer(checkpoint.path)
+            names = ", ".join(path.name for path in aside)
+            say(f"Set aside what was after that step, damaged or not wanted: {names}")
 
     def train(self) -> str | None:
         """Run the remaining steps; save and validate at the end.
