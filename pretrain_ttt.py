@@ -16,7 +16,7 @@ import os
 
 from megatron_ttt.config import check_layout, load_config, to_yaml
 from megatron_ttt.errors import run_command
-from megatron_ttt.training.stopping import EXIT_STOPPED, StopRequests
+from megatron_ttt.training.stopping import EXIT_STOPPED, LAUNCHER_WAS_KILLED, StopRequests
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,6 +80,8 @@ def main() -> int:
             gc.unfreeze()
         dist.barrier()
     dist.destroy_process_group()
+    if stopped == LAUNCHER_WAS_KILLED:
+        return 1  # which the launchers of other nodes try again
     return EXIT_STOPPED if stopped else 0
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import ROOT
 from launch_helpers import losses, script_environment, tiny_overrides, wait_until
@@ -92,29 +93,42 @@ def test_the_menu_plans_before_it_trains():
     assert "huge is none of" in launch("launch_training.sh", answers="huge\n", expect=2)
 
 
-def test_a_run_and_its_resume(tmp_path):
-    """The script trains; stopped by a signal it leaves with 75; with RUN_DIR it goes on."""
+def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
+    """The script trains; stopped by a signal it leaves with 75; with RUN_DIR it goes on. A torchrun
+    that is killed is started again, when the processes it left have saved and ended."""
     overrides = tiny_overrides(tmp_path)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    script = "train_125m_c4.sh"
+    whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
+    script, log = "train_125m_c4.sh", tmp_path / "log"
     output = launch(script, *overrides, GPUS=2, RUN_DIR=whole)
     assert "ttt_linear_125m on 2 processes, 4 sequences a step in microbatches of 1" in output
 
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [ROOT / "examples" / script, *overrides],
-            env=script_environment(GPUS=2, RUN_DIR=stopped),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    wait_until(lambda: "Step 2:" in log.read_text(), 120, log.read_text)
+    def two_steps_of(run_dir: Path) -> subprocess.Popen:
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                [ROOT / "examples" / script, *overrides],
+                env=script_environment(GPUS=2, RUN_DIR=run_dir),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        wait_until(lambda: "Step 2:" in log.read_text(), 120, log.read_text)
+        return process
+
+    process = two_steps_of(stopped)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75, log.read_text()
     assert "SIGUSR1 was received. The same command goes on" in log.read_text()
     assert len(losses(stopped)) < len(losses(whole))
     assert "Resumed from" in launch(script, *overrides, GPUS=2, RUN_DIR=stopped)
     assert losses(stopped) == losses(whole)
+
+    process = two_steps_of(killed)
+    children = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in children if "torch.distributed.run" in child.cmdline()).kill()
+    assert process.wait() == 0, log.read_text()
+    output = log.read_text()
+    stop = output.index("the launcher was killed. The same command goes on")
+    assert stop < output.index("torchrun ended with exit code 137; restart 1 of 3")
+    assert losses(killed) == losses(whole)
 
 
 def test_a_run_that_is_refused_is_not_tried_again(tmp_path):

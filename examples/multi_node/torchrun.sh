@@ -109,6 +109,10 @@ for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     torchrun=$!
     # wait returns early when a signal is handled.
     while code=0 && wait "$torchrun" || code=$?; kill -0 "$torchrun" 2>/dev/null; do :; done
+    # A torchrun that was killed leaves its processes, which save and end when they notice.
+    for file in "$WORKERS"/*.pid; do
+        while kill -0 "$(<"$file")" 2>/dev/null; do sleep 0.5; done
+    done
     rm -f "$WORKERS"/*.pid
     [ ! -s "$WORKERS/exit_code" ] || exit "$(<"$WORKERS/exit_code")"
     [ -z "$stopped" ] || exit 75

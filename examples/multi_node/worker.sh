@@ -7,6 +7,8 @@ set -uo pipefail
 final=$WORKERS/exit_code
 [ ! -s "$final" ] || exit "$(<"$final")"
 
+export MEGATRON_TTT_LAUNCHER=$PPID
+
 # torchrun's signals reach the training process too; this one waits for it.
 trap : TERM INT USR1
 "$PYTHON" pretrain_ttt.py "$@" &

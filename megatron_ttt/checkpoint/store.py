@@ -147,9 +147,7 @@ def check_architecture(
     for key in FUNCTION:
         there, here = saved.get(key), model[key]
         if there not in (None, here) and key not in ignored:
-            say(
-                f"Warning: {checkpoint.path} was trained with model.{key}={there}, now it is {here}"
-            )
+            say(f"Warning: {checkpoint.path} was trained with model.{key}={there}, not {here}")
 
 
 def temporary_path(path: Path, token: str) -> Path:

@@ -6,9 +6,12 @@ A stopped run saves and leaves with EXIT_STOPPED; the same command goes on from 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+
+import psutil
 
 EXIT_STOPPED = 75
 """Exit code of a run that stopped early and saved (the shell's EX_TEMPFAIL: try again)."""
@@ -16,6 +19,10 @@ EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher may repeat to each process the signal that its whole group got: not a second one."""
+
+LAUNCHER = "MEGATRON_TTT_LAUNCHER"
+"""Environment variable: torchrun's process id, where it is not the parent."""
+LAUNCHER_WAS_KILLED = "the launcher was killed"
 
 _TIME_IS_UP, _LAUNCHER_IS_GONE = 1000, 1001
 
@@ -26,8 +33,13 @@ class StopRequests:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self._signal, self._received = 0, 0.0
-        # torchrun gives each rank a session of its own: killed, it leaves them behind.
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        # torchrun gives each rank a session of its own: killed, it leaves them behind. It may have
+        # started a script (examples/multi_node/worker.sh) that started this process.
+        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = None
+        if self._has_launcher:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._launcher = psutil.Process(int(os.environ.get(LAUNCHER, os.getppid())))
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -38,6 +50,13 @@ class StopRequests:
         if not self._signal:
             self._signal, self._received = number, now
 
+    def _launcher_runs(self) -> bool:
+        launcher = self._launcher
+        try:
+            return launcher and launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def reason(self, device, exit_after_minutes: float | None = None) -> str | None:
         """Why all ranks should stop now, in words; None to go on. Collective."""
         import torch
@@ -46,7 +65,7 @@ class StopRequests:
         minutes = (time.monotonic() - self.started) / 60
         time_is_up = exit_after_minutes is not None and minutes >= exit_after_minutes
         code = self._signal or (_TIME_IS_UP if time_is_up else 0)
-        if self._launcher not in (None, os.getppid()):
+        if self._has_launcher and not self._launcher_runs():
             code = _LAUNCHER_IS_GONE
         everyones = torch.full((), code, device=device)  # not copied from the host
         dist.all_reduce(everyones, dist.ReduceOp.MAX)
@@ -54,7 +73,7 @@ class StopRequests:
         if code == 0:
             return None
         if code == _LAUNCHER_IS_GONE:
-            return "the launcher was killed"
+            return LAUNCHER_WAS_KILLED
         if code == _TIME_IS_UP:
             return f"training.exit_after_minutes={exit_after_minutes:g} are over"
         return f"{signal.Signals(code).name} was received"
