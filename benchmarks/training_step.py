@@ -35,7 +35,7 @@ class StepBenchmark:
         self.platform = None
         self.cases = [(name, 32) for name, _ in CASES[:3]] if tiny else CASES
 
-    def measure(self, recipe: str, length: int) -> tuple[dict, list[dict]]:
+    def measure(self, recipe: str, length: int) -> dict:
         """A recipe's step at this length with the largest micro-batch that fits, and the slowest
         kernels in it."""
         sequences = 2 if self.tiny else max(1, TOKENS // length)
@@ -45,10 +45,11 @@ class StepBenchmark:
             except torch.cuda.OutOfMemoryError:
                 if sequences == 1:
                     raise
-            sequences //= 2
-            self._release()
+                sequences //= 2
+            finally:
+                self._release()  # the trainer, which only now is no one's
 
-    def _measure(self, recipe: str, length: int, sequences: int) -> tuple[dict, list[dict]]:
+    def _measure(self, recipe: str, length: int, sequences: int) -> dict:
         from megatron_ttt.training.trainer import Trainer, start
 
         with tempfile.TemporaryDirectory() as folder:
@@ -110,9 +111,8 @@ class StepBenchmark:
             }
             if self.device == "cuda":
                 record["waits"] = waits(lambda: trainer.train_step(microbatches))
-            slowest = slowest_kernels(step, self.device)
-        self._release()
-        return record, slowest
+            record["slowest_kernels"] = slowest_kernels(step, self.device)
+            return record
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -148,7 +148,11 @@ def slowest_kernels(step, device: str, steps: int = 2, count: int = 25) -> list[
         return event.self_device_time_total if on_cuda else event.self_cpu_time_total
 
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    events = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == kind and not event.is_user_annotation  # the optimizer's, of kernels
+    ]
     total = sum(map(microseconds, events))
     return [
         {

@@ -24,10 +24,11 @@ CASES = (
     "shorter than a mini-batch",
     "head_dim 64",
     "head_dim 96",
-    "head_dim 128, mini-batches of 64",
+    "head_dim 64, mini-batches of 64",
     "head_dim 20, mini-batches of 32",
     "bf16 groups, a state per sequence",
     "bf16 head_dim 96",
+    "bf16 head_dim 128, mini-batches of 32",
 )
 
 
@@ -49,7 +50,10 @@ def measured(kind: str) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compute_the_naive_form(kind, case):
     """Outputs, states and gradients, written all over NaN-filled buffers; twice the same bits."""
-    result = measured(kind)[case]
+    result = measured(kind).get(case)
+    if result is None:
+        pytest.skip("interpreted only: triton_cases.py says why")
+    assert "failed" not in result, result
     bound = 2e-2 if case.startswith("bf16") else 1e-5
     for name, error in result["errors"].items():
         assert error < bound, name  # NaN is not
@@ -69,6 +73,7 @@ def test_a_part_of_the_gradients(kind):
     [
         (8, 16, torch.float32, "head_dim is 8: they take 16 to 128"),
         (16, 4, torch.float32, "mini_batch_size is 4: they take 16, 32 or 64"),
+        (96, 64, torch.float32, "mini_batch_size 64: at 64 they take head_dim 16 to 64"),
         (16, 16, torch.float64, "they compute in float32, not torch.float64"),
     ],
 )

@@ -14,7 +14,7 @@ tokens, and what products alone read again (G, G1, G2, X2), which has DOT, their
 Sizes: B batch, H heads, A = B * H heads of sequences, L sequence, F head dim, P >= F a power of
 two, K mini-batch, GROUP mini-batches from one kept state to the next, C = ceil(ceil(L / K) / GROUP)
 kept states, M hidden width of TTT-MLP. L, C and H are known when a kernel runs, the others when it
-is compiled.
+is compiled. `crowded` is for the autotuner alone.
 """
 
 import torch
@@ -23,6 +23,8 @@ import triton.language as tl
 
 GROUP = 16
 """Mini-batches from one kept state to the next."""
+MULTIPROCESSORS = 132
+"""Of an H100; an A100 has 108."""
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 LN_EPS = tl.constexpr(1e-6)
 
@@ -104,8 +106,9 @@ def inner_gradient_backward(
 
 
 def autotuned(choices: list[dict], key: list[str]):
-    """Time these choices of `num_warps` (and BM) once a device and `key`; remember the best on
-    disk.
+    """Time these choices of `num_warps` (and BM) once a kind of GPU and `key`; remember the best on
+    disk. Where PyTorch is to be deterministic the first that fits is taken, untimed: another choice
+    adds up in another order.
 
     Loops are not software-pipelined (one stage): Triton would load state that a kernel keeps in
     memory ahead of the mini-batch that writes it.
@@ -130,7 +133,14 @@ def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
         BM = config.kwargs.get("BM", P)
         return 32 * 32 * config.num_warps >= BM * P and (M == 0 or padded(M) >= BM)
 
-    return list(filter(fits, configs)) or configs[1:2]
+    fitting = list(filter(fits, configs)) or configs[1:2]
+    return fitting[:1] if torch.are_deterministic_algorithms_enabled() else fitting
+
+
+def crowded(programs: int) -> int:
+    """Whether multiprocessors have several programs: what is fastest then may not be for few. For
+    the autotuner's key."""
+    return int(programs > MULTIPROCESSORS)
 
 
 def operand_dtype(*tokens: torch.Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ import triton.language as tl
 from megatron_ttt.ops.triton.common import (
     TRITON_DTYPE,
     autotuned,
+    crowded,
     dot,
     inner_gradient_backward,
     kept_states,
@@ -38,12 +39,12 @@ from megatron_ttt.ops.triton.common import (
 CHOICES = [{"num_warps": 4}, {"num_warps": 8}]
 
 
-@autotuned(CHOICES, key=["F", "K", "KEEP"])
-@triton.jit(do_not_specialize=["L", "C"])
+@autotuned(CHOICES, key=["F", "K", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "crowded"])
 def linear_forward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, W_BHFF, b_BH1F,
     out_BHLF, G_ALF, W_ACFF, b_ACF, W_final_AFF, b_final_AF,
-    L, C, H,
+    L, C, H, crowded,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, W_b, W_h, b_b, b_h, out_b, out_h, out_l,
     F: tl.constexpr, P: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr,
     DOT: tl.constexpr,
@@ -104,13 +105,13 @@ def linear_forward(
     tl.store(b_final_AF + a * F + features, b, mask=real)
 
 
-@autotuned(CHOICES, key=["F", "K"])
-@triton.jit(do_not_specialize=["L", "C"])
+@autotuned(CHOICES, key=["F", "K", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "crowded"])
 def linear_backward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, G_ALF, W_ACFF, b_ACF, dout_BHLF,
     dq_BHLF, dk_BHLF, dv_BHLF, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, dW_AFF, db_AF,
     dW_final_AFF, db_final_AF,
-    L, C, H,
+    L, C, H, crowded,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     F: tl.constexpr, P: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
@@ -226,7 +227,7 @@ def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
         new(b, A_kept, C, F),
     ]
     linear_forward[A,](
-        q, k, v, lam_AL, tau, gamma, beta, W, b, out, *kept, *final, L, C, H,
+        q, k, v, lam_AL, tau, gamma, beta, W, b, out, *kept, *final, L, C, H, crowded(A),
         *strides(q, k, v), *W.stride()[:2], *b.stride()[:2], *strides(out),
         F=F, P=padded(F), K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT],
     )  # fmt: skip
@@ -245,7 +246,7 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
     dlam = torch.empty_like(lam_AL)
     linear_backward[A,](
         q, k, v, lam_AL, tau, gamma, beta, G, W, b, dout,
-        *tokens, dlam, *shared, *state, *dfinal, L, C, H,
+        *tokens, dlam, *shared, *state, *dfinal, L, C, H, crowded(A),
         *strides(q, k, v, dout, *tokens),
         F=F, P=padded(F), K=K, GROUP=group, DOT=TRITON_DTYPE[G.dtype],
     )  # fmt: skip

@@ -14,7 +14,7 @@ at F = 96 they are 288 and 576 KiB.
   program of 16 warps, 128 registers a thread and 1.2 KiB of them spilled (sm_90), where blocks of
   64 run in 4 warps and spill 0.2 KiB. Which is faster is for autotuning to say.
 - The hidden units of one head are not spread over programs: these would have to meet twice in every
-  mini-batch through global memory, and batch times heads fills the device anyway.
+  mini-batch through global memory, and in training batch times heads mostly fills the device.
 - Kept are, of each token, X2, G1 and G2 as the products see them (exact steps back want the very
   operands), Z2, Zbar2 and S2: 27 KiB a mini-batch (K = 16, F = 64, bf16), and every GROUP
   mini-batches the state, 8 KiB a mini-batch at 16. Every state would be 129 KiB. Without Z2, Zbar2

@@ -7,6 +7,7 @@ import triton.language as tl
 from megatron_ttt.ops.triton.common import (
     TRITON_DTYPE,
     autotuned,
+    crowded,
     dot,
     inner_gradient_backward,
     kept_states,
@@ -24,8 +25,8 @@ from megatron_ttt.ops.triton.mlp import copy_state, load_in, load_out, store_in,
 CHOICES = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}]
 
 
-@autotuned(CHOICES, key=["F", "M", "K"])
-@triton.jit(do_not_specialize=["L", "C"])
+@autotuned(CHOICES, key=["F", "M", "K", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "crowded"])
 def mlp_backward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF,
     X2_ALM, G1_ALM, G2_ALF, Z2_ALF, Zbar_ALF, S2_ALK, W1_ACFM, b1_ACM, W2_ACMF, b2_ACF, dout_BHLF,
@@ -33,7 +34,7 @@ def mlp_backward(
     dW1_AFM, db1_AM, dW2_AMF, db2_AF,
     dW1_final_AFM, db1_final_AM, dW2_final_AMF, db2_final_AF,
     W1_AFM, b1_AM, W2_AMF, dX2_AMK, dZ1_AMK, slope_AMK,
-    L, C, H,
+    L, C, H, crowded,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     F: tl.constexpr, P: tl.constexpr, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
@@ -235,7 +236,7 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
     dlam = torch.empty_like(lam_AL)
     mlp_backward[A,](
         q, k, v, lam_AL, tau, gamma, beta, *kept, dout,
-        *tokens, dlam, *shared, *state, *dfinal, *work, L, C, H,
+        *tokens, dlam, *shared, *state, *dfinal, *work, L, C, H, crowded(A),
         *strides(q, k, v, dout, *tokens),
         F=F, P=padded(F), M=M, K=K, GROUP=group, DOT=TRITON_DTYPE[kept[0].dtype],
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton.language as tl
 from megatron_ttt.ops.triton.common import (
     TRITON_DTYPE,
     autotuned,
+    crowded,
     dot,
     kept_states,
     load_tokens,
@@ -25,14 +26,14 @@ from megatron_ttt.ops.triton.mlp import copy_state, load_block, store_block
 CHOICES = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}, {"BM": 256, "num_warps": 16}]
 
 
-@autotuned(CHOICES, key=["F", "M", "K", "KEEP"])
-@triton.jit(do_not_specialize=["L", "C"])
+@autotuned(CHOICES, key=["F", "M", "K", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "crowded"])
 def mlp_forward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF,
     W1_BHFM, b1_BH1M, W2_BHMF, b2_BH1F, out_BHLF,
     X2_ALM, G1_ALM, G2_ALF, Z2_ALF, Zbar_ALF, S2_ALK, W1_ACFM, b1_ACM, W2_ACMF, b2_ACF,
     W1_final_AFM, b1_final_AM, W2_final_AMF, b2_final_AF,
-    L, C, H,
+    L, C, H, crowded,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
     W1_b, W1_h, b1_b, b1_h, W2_b, W2_h, b2_b, b2_h,
     F: tl.constexpr, P: tl.constexpr, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
@@ -162,7 +163,7 @@ def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     kept += [new(tau, A_kept, L, width) for width in (F, F, K)]
     kept += [new(W, A_kept, C, *W.shape[2:]) for W in state]
     mlp_forward[A,](
-        q, k, v, lam_AL, tau, gamma, beta, *state, out, *kept, *final, L, C, H,
+        q, k, v, lam_AL, tau, gamma, beta, *state, out, *kept, *final, L, C, H, crowded(A),
         *strides(q, k, v, out), *(stride for W in state for stride in W.stride()[:2]),
         F=F, P=padded(F), M=M, K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT],
     )  # fmt: skip
