@@ -205,7 +205,7 @@ class CheckpointConfig:
     load: str = "auto"
     """auto: go on from the newest checkpoint in run.dir that is undamaged; none: start anew. A
     checkpoint folder: start from it, unless run.dir has a checkpoint already; one of run.dir's own:
-    go back to it."""
+    go back to it, once."""
 
 
 @dataclass
