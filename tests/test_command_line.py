@@ -189,3 +189,13 @@ def test_refuses_to_start_over_a_run(data, whole_run):
     line = refusal([*PRETRAIN, *options(data, whole_run, "checkpoint.load=none")])
     assert "checkpoint-6" in line
     assert (whole_run / "checkpoint-6" / "state.json").exists()
+
+
+def test_a_final_model_that_is_missing_is_exported(data, tmp_path):
+    """As after a run that was stopped while it exported."""
+    command = [*PRETRAIN, *options(data, tmp_path / "run")]
+    run(command)
+    assert not (tmp_path / "run/final_model").exists()
+    output = run([*command, "checkpoint.export_final=true"])
+    assert "Nothing to do: step 6 of 6" in output and "Exported" in output
+    assert (tmp_path / "run/final_model/model.safetensors").exists()

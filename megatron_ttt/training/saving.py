@@ -130,6 +130,11 @@ class Saver:
                 "checkpoints before are as they were"
             )
 
+    def export_what_is_missing(self, path: Path, step: int) -> None:
+        """On rank 0: begin the final export of a run that ended before it was done."""
+        if not (self.run_dir / FINAL_MODEL).exists():
+            self._start_exports(path, step, milestone=False)
+
     def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
         """Begin what is to be exported of a checkpoint that was just published."""
         options = self.config.checkpoint

@@ -201,6 +201,8 @@ class Trainer:
         last = config.training.exit_step or config.training.steps
         if self.step >= last and self.is_first_rank:
             say(f"Nothing to do: step {self.step} of {last} is behind")
+            if self.resume_from is not None and self._is_own(self.resume_from):
+                self.saver.export_what_is_missing(self.resume_from.path, self.step)
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
