@@ -35,11 +35,12 @@ class StopRequests:
         self._signal, self._received = 0, 0.0
         # torchrun gives each rank a session of its own: killed, it leaves them behind. It may have
         # started a script (examples/multi_node/worker.sh) that started this process.
-        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
+        launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # 0: not of this container
+        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ and launcher > 0
         self._launcher = None
         if self._has_launcher:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._launcher = psutil.Process(int(os.environ.get(LAUNCHER, os.getppid())))
+                self._launcher = psutil.Process(launcher)
         for number in SIGNALS:
             signal.signal(number, self._note)
 

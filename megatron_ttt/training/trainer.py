@@ -175,10 +175,19 @@ class Trainer:
         if not self.is_first_rank:
             return
         say(f"Resumed from {checkpoint.path} at step {self.step}")
-        if self._is_own(checkpoint) and (aside := set_aside(self.run_dir, self.step)):
-            write_pointer(checkpoint.path)
-            names = ", ".join(path.name for path in aside)
-            say(f"Set aside what was after that step, damaged or not wanted: {names}")
+        if self._is_own(checkpoint):
+            self._set_aside_what_was_after(checkpoint)
+
+    def _set_aside_what_was_after(self, checkpoint: Checkpoint) -> None:
+        try:
+            if aside := set_aside(self.run_dir, checkpoint.step):
+                write_pointer(checkpoint.path)
+                names = ", ".join(path.name for path in aside)
+                say(f"Set aside what was after that step, damaged or not wanted: {names}")
+        except OSError as error:
+            raise UserError(
+                f"cannot rename checkpoints in run.dir={self.run_dir}: {error.strerror}"
+            ) from None
 
     def train(self) -> str | None:
         """Run the remaining steps; save and validate at the end.
