@@ -370,6 +370,7 @@ class TTTMixer(nn.Module):
         if cache is None and ttt_scan is not None:
             return ttt_scan(q, k, v, lam, tau, gamma, beta, state)[0]
 
+        given = q, k, v  # in their own dtype, which the kernels multiply in
         q, k, v, lam = (x.to(dtype) for x in (q, k, v, lam.unsqueeze(-1)))
         gamma, beta = (x.to(dtype).unsqueeze(-2) for x in (gamma, beta))
         state = tuple(W.to(dtype).expand(len(q), *W.shape) for W in state)
@@ -380,11 +381,10 @@ class TTTMixer(nn.Module):
         if ttt_scan is not None and not span.ragged and not (span.start_B % K).any() and L >= K:
             # Whole mini-batches from a mini-batch's start: nothing is summed up before or after.
             whole = L - L % K
-            read, rest = zip(*((x[:, :, :whole], x[:, :, whole:]) for x in (q, k, v, lam)))
-            output, state = ttt_scan(
-                *read[:3], read[3].squeeze(-1), tau, gamma.squeeze(-2), beta.squeeze(-2), state
-            )
-            outputs, (q, k, v, lam) = [output], rest
+            read = (x[:, :, :whole] for x in (*given, lam.squeeze(-1)))
+            output, state = ttt_scan(*read, tau, gamma.squeeze(-2), beta.squeeze(-2), state)
+            outputs = [output.to(dtype)]
+            q, k, v, lam = (x[:, :, whole:] for x in (q, k, v, lam))
             span = Span(span.start_B + whole, span.lengths_B - whole, L - whole)
         if span.length:
             output, state, sums = scan(q, k, v, lam, tau, gamma, beta, state, sums, span)
