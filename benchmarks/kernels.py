@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -99,19 +100,24 @@ class Benchmark:
     def part(self, name: str, function):
         """Run a part, and write down what there is by now: the next may end the process. None where
         it fails."""
-        try:
-            self.result[name] = function()
-        except Exception as error:
-            self.fail(name, in_one_line(error))
+        self.result[name] = self.attempt(name, function, needed=True)
         self.result["seconds"] = time.monotonic() - self.started
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(self.result, indent=1) + "\n")
-        return self.result.get(name)
+        return self.result[name]
 
-    def fail(self, name: str, why: str) -> None:
-        """Leave out what must not be left out."""
-        self.left_out.append(f"{name}: {why}")
-        self.failed = True
+    def attempt(self, name: str, function, *, needed: bool = False, until: float | None = None):
+        """What the function gives; None, and it is listed, where it is too late (`until`) or fails.
+        needed: with it the benchmark fails."""
+        if until is not None and time.monotonic() > until:
+            self.left_out.append(f"{name}: out of time")
+            return None
+        try:
+            return function()
+        except Exception as error:
+            self.left_out.append(f"{name}: {in_one_line(error)}")
+            self.failed |= needed
+            return None
 
     def scans(self) -> list[dict]:
         """Every form of the scan at every model's shape."""
@@ -125,7 +131,8 @@ class Benchmark:
             for model, (heads, head_dim) in models.items():
                 batch = max(1, (2 if self.quick else FILL * LENGTHS[0]) // (heads * length))
                 for kind in ("linear", "mlp"):
-                    records += self.compare(model, kind, batch, heads, length, head_dim)
+                    compare = partial(self.compare, model, kind, batch, heads, length, head_dim)
+                    records += self.attempt(f"{model} {kind}, {length} tokens", compare) or []
         return records
 
     def tests(self) -> list[dict]:
@@ -159,7 +166,8 @@ class Benchmark:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started
                 process.wait()
-                self.fail(f"tests, {part}", "out of time")
+                self.left_out.append(f"tests, {part}: out of time")
+                self.failed = True
                 continue
             summary = re.sub(r" in [\d.]+s.*", "", output.strip().splitlines()[-1])
             results.append({"part": part, "summary": summary, "exit_code": process.returncode})
@@ -174,10 +182,11 @@ class Benchmark:
             compared = around_forms(torch.device(self.device), length, batch, heads, head_dim)
             for what, tensors, forms, passes in compared:
                 for form, function in forms.items():
-                    if time.monotonic() > self.ends:
-                        self.left_out.append(f"{what}, {heads * head_dim} channels: out of time")
+                    name = f"{what}, {heads * head_dim} channels, {form}"
+                    timed = partial(self.time, function, tensors)
+                    record = self.attempt(name, timed, until=self.ends)
+                    if record is None:
                         continue
-                    record = self.time(function, tensors)
                     both = record["forward_s"] + record["backward_s"]
                     # A kernel reads and writes each of its tensors once.
                     moved = passes * tensors[0].nbytes
@@ -186,8 +195,7 @@ class Benchmark:
                     if form == "triton":
                         record["bytes_per_s"] = moved / both
                     records.append(record)
-                    print(f"{what}, {heads * head_dim} channels, {form}: {both * 1e3:.3f} ms",
-                          flush=True)  # fmt: skip
+                    print(f"{name}: {both * 1e3:.3f} ms", flush=True)
         return records
 
     def steps(self) -> list[dict]:
@@ -201,17 +209,14 @@ class Benchmark:
         records = []
         print(STEP_HEAD, flush=True)
         for recipe, length in benchmark.cases:
-            name = f"{recipe}, {length} tokens"
-            if time.monotonic() > self.started + SHARE_OF_STEPS * self.seconds_in_all:
-                self.left_out.append(f"training step, {name}: out of time")
-                continue
-            try:
-                record = benchmark.measure(recipe, length)
-            except Exception as error:
-                self.left_out.append(f"training step, {name}: {in_one_line(error)}")
-                continue
-            records.append(record)
-            print(step_row(record), flush=True)
+            record = self.attempt(
+                f"training step, {recipe}, {length} tokens",
+                partial(benchmark.measure, recipe, length),
+                until=self.started + SHARE_OF_STEPS * self.seconds_in_all,
+            )
+            if record is not None:
+                records.append(record)
+                print(step_row(record), flush=True)
         benchmark.close()
         return records
 
@@ -233,11 +238,9 @@ class Benchmark:
         checked = []
         for dtype in BOUNDS:
             for kind in ("linear", "mlp"):
-                try:
-                    checked.append(self.check(kind, dtype))
-                except Exception as error:
-                    self.fail(f"check, {kind}, {dtype}", in_one_line(error))
-        return checked
+                check = partial(self.check, kind, dtype)
+                checked.append(self.attempt(f"check, {kind}, {dtype}", check, needed=True))
+        return [check for check in checked if check is not None]
 
     def check(self, kind: str, dtype: torch.dtype) -> dict:
         """The worst relative error of outputs and gradients; the first call's time."""
@@ -294,13 +297,8 @@ class Benchmark:
             forms.update(other_forms(tensors))
         for form, function in forms.items():
             name = f"{model} {kind}, {length} tokens, {form}"
-            if time.monotonic() > self.ends:
-                self.left_out.append(f"{name}: out of time")
-                continue
-            try:
-                record = self.time(function, tensors)
-            except Exception as error:
-                self.left_out.append(f"{name}: {in_one_line(error)}")
+            record = self.attempt(name, partial(self.time, function, tensors), until=self.ends)
+            if record is None:
                 continue
             both = record["forward_s"] + record["backward_s"]
             record.update(model=model, kind=kind, batch=batch, heads=heads, length=length,
@@ -344,6 +342,7 @@ class Benchmark:
         return sorted(times)[len(times) // 2]
 
     def seconds_of(self, function, calls: int) -> float:
+        """Of so many calls together."""
         self.synchronise()
         started = time.perf_counter()
         for _ in range(calls):

@@ -7,7 +7,6 @@ A recipe may name others in `extends:`; it then holds only what differs from the
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -305,14 +304,13 @@ def _refusing(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {_one_line(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    except (TypeError, ValueError) as error:
+    except TypeError as error:  # OmegaConf's own, of a mapping where a list belongs
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """The trees of a recipe and of those it extends, in the order they are merged."""
-    path = Path(os.path.normpath(path))
-    if path in seen:
+    if path.resolve() in map(Path.resolve, seen):
         raise UserError(f"{path} extends itself: {' -> '.join(map(str, (*seen, path)))}")
     try:
         text = path.read_text()

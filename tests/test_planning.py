@@ -24,10 +24,8 @@ SCALED_DOWN = {
 }
 
 
-@pytest.mark.parametrize(
-    "layer, precision",
-    [("ttt_linear", "fp32"), ("ttt_mlp", "fp32"), ("transformer", "fp32"), ("ttt_mlp", "bf16")],
-)
+@pytest.mark.parametrize("precision", SCALED_DOWN)
+@pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp", "transformer"])
 def test_memory_estimate_is_the_measured_peak(layer, precision):
     command = [sys.executable, "benchmarks/memory_estimate.py", "--child"]
     command += ["--config", f"yaml_recipes/{layer}_125m.yaml", *SCALED_DOWN[precision]]

@@ -92,6 +92,7 @@ class JsonLines:
 
     @contextlib.contextmanager
     def _warning(self) -> Iterator[None]:
+        """Go on where what was handed over cannot be brought to the disk."""
         try:
             yield
         except OSError as error:

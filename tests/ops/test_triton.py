@@ -99,6 +99,21 @@ def test_auto_takes_the_kernels_on_cuda():
     assert ops.choose(tensors[0], tensors[4], tensors[7:]) == "torch"
 
 
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="there is one choice")
+def test_a_deterministic_run_takes_a_choice_without_timing_it():
+    from megatron_ttt.ops.triton.common import worth_trying
+    from megatron_ttt.ops.triton.mlp_forward import mlp_forward
+
+    sizes = {"P": 64, "M": 256}
+    timed = worth_trying(mlp_forward.configs, {}, **sizes)
+    torch.use_deterministic_algorithms(True)
+    try:
+        fixed = worth_trying(mlp_forward.configs, {}, **sizes)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(timed) > 1 and fixed == timed[:1]
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="they are interpreted")
 def test_needs_a_gpu_or_the_interpreter():
     tensors = inputs("linear", 1, 1, 16, 16, 16, dtype=torch.float32)

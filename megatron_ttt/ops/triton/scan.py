@@ -21,7 +21,7 @@ def why_not(head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str
         return f"head_dim is {head_dim}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
     if mini_batch_size not in MINI_BATCH:
         return f"mini_batch_size is {mini_batch_size}: they take 16, 32 or 64"
-    if mini_batch_size == 64 and head_dim > 64:
+    if mini_batch_size == 64 and head_dim > 64:  # the backward's tiles outgrow shared memory
         return f"head_dim is {head_dim}, mini_batch_size 64: at 64 they take head_dim 16 to 64"
     if dtype != torch.float32:
         return f"they compute in float32, not {dtype}"
