@@ -19,7 +19,7 @@ class PartialFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sha256 = hashlib.sha256()
-        self._partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+        self._partial = path.with_name(path.name + own_suffix())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.stream: BinaryIO = open(self._partial, "wb")  # noqa: SIM115
@@ -64,10 +64,15 @@ def publish_bytes(path: Path, content: bytes) -> None:
         file.discard()
 
 
-def remove_partials(folder: Path, prefix: str = "") -> None:
-    """Remove what a killed process left in a folder under names that begin with `prefix`."""
+def own_suffix() -> str:
+    """What this process adds to the name of a file that is not whole yet."""
+    return f".{socket.gethostname()}.{os.getpid()}.partial"
+
+
+def remove_partials(folder: Path, prefix: str = "", suffix: str = ".partial") -> None:
+    """Remove what a process left in a folder under names that begin and end so."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(prefix) and path.name.endswith(".partial"):
+        if path.name.startswith(prefix) and path.name.endswith(suffix):
             path.unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttt.data.indexed import bin_path, idx_path
-from megatron_ttt.data.partial_file import publish_bytes, remove_partials
+from megatron_ttt.data.partial_file import own_suffix, publish_bytes, remove_partials
 from megatron_ttt.data.source import Shard
 from megatron_ttt.errors import UserError
 
@@ -142,12 +142,13 @@ class Workspace:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._flock("lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX):
                 if part:
-                    with self._flock(f"lock.{part}", fcntl.LOCK_EX):
+                    with self._flock(f"lock.{part}", fcntl.LOCK_EX), self._own_partials_removed():
                         yield
                 else:
                     remove_partials(self.folder)
                     try:
-                        yield
+                        with self._own_partials_removed():
+                            yield
                     finally:
                         if self.folder.is_dir() and not self._plan.exists():
                             shutil.rmtree(self.folder)
@@ -156,6 +157,16 @@ class Workspace:
                 f"cannot write {error.filename or self.output_prefix}: {error.strerror or error}; "
                 "what was done is kept: run the same command again to go on"
             ) from error
+
+    @contextmanager
+    def _own_partials_removed(self) -> Iterator[None]:
+        """Files know what to discard once they are made; a signal may come while they are."""
+        try:
+            yield
+        finally:
+            remove_partials(self.folder, suffix=own_suffix())
+            prefix = Path(self.output_prefix)
+            remove_partials(prefix.parent, prefix.name, own_suffix())
 
     @contextmanager
     def _flock(self, name: str, kind: int) -> Iterator[None]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -231,6 +232,24 @@ def test_signals_leave_a_state_to_go_on_from(slow_run, tokenizer, tmp_path, numb
     write_shard(tmp_path / "slow.00001.json", make_texts(60, seed=1))
     preprocess(*corpus)
     assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
+
+
+@pytest.mark.parametrize("opened", [1, 2], ids=["a shard's", "the merge's"])
+def test_a_signal_while_files_are_opened_leaves_none(corpus, tmp_path, monkeypatch, opened):
+    inputs = [f"{tmp_path}/c4-train.00000*"]
+    temporary_file, calls = tempfile.TemporaryFile, []
+
+    def interrupted(**options):
+        calls.append(options)
+        if len(calls) == opened:
+            signal.raise_signal(signal.SIGTERM)
+        return temporary_file(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        preprocess(inputs, *corpus[1:])
+    assert len(calls) == opened
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_killed_run_leaves_no_lock(slow_run, tokenizer, tmp_path):
