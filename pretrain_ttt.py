@@ -10,6 +10,7 @@ Without torchrun it is a job of one process. `--print-config` shows the resolved
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -60,6 +61,8 @@ def main() -> int:
         print(json.dumps(plan))
         return 0
 
+    # A process that crashes in native code says in which line of Python.
+    faulthandler.enable()
     # Before the slow imports: a layout that cannot be is refused at once, a signal is heeded.
     stop = StopRequests()
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -18,6 +18,7 @@ Names are the official ones.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ def main() -> None:
     hundreds of gloo threads that wake up a hundred times a second. What all cases share, the
     imports, is made once, before.
     """
+    faulthandler.enable()
     torch.set_num_threads(1)
     import megatron_ttt.evaluation
     import megatron_ttt.training.trainer  # noqa: F401
