@@ -34,9 +34,8 @@ def core_config(
     dtype = dtype or DTYPES[training.precision]
     if model.is_ttt and training.scan_backend == "triton":
         state_dtype = torch.promote_types(dtype, torch.float32)
-        reason = why_not_triton(
-            model.head_dim, model.mini_batch_size, state_dtype, platform.device.type
-        )
+        kind, device = model.layer.removeprefix("ttt_"), platform.device.type
+        reason = why_not_triton(kind, model.head_dim, model.mini_batch_size, state_dtype, device)
         if reason is not None:
             raise UserError(
                 f"training.scan_backend=triton: the kernels cannot run here: {reason}; set "

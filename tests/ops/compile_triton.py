@@ -1,6 +1,7 @@
 """Compile what the recipes launch, ahead of time, for GPUs that need not be there.
 
-    python tests/ops/compile_triton.py [--kernel mlp_backward] [--choices 1] [--output FILE.json]
+    python tests/ops/compile_triton.py [--kernel mlp_backward] [--head-dims 64 96] [--mini-batch 16]
+        [--targets 80 90] [--choices 1] [--output FILE.json]
 
 The launchers run on tensors without memory, and what they launch is compiled instead, as Triton
 would for the same arguments. Prints a table: registers and bytes of local memory (spills) a thread,
@@ -14,6 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import contextmanager
 from itertools import pairwise, product
 from pathlib import Path
@@ -49,20 +51,26 @@ ROUND = {  # the scan; kernels and their modules
     "norm_conv_backward": norm_conv,
 }
 KERNELS += ROUND
-TARGETS = (80, 90)
+HEAD_DIMS, TARGETS = (64, 96), (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-BATCH, HEADS, MINI_BATCH = 2, 12, 16
+BATCH, HEADS = 2, 12
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 class Recorder:
-    """Stands for a kernel; remembers its launches."""
+    """Stands for a kernel; remembers its launches: arguments, constants, options."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, []
 
     def __getitem__(self, grid):
-        return lambda *args, **constants: self.launches.append((args, constants))
+        return self.record
+
+    def record(self, *args, **given):
+        names = {parameter.name for parameter in jitted(self.kernel).params}
+        constants = {name: value for name, value in given.items() if name in names}
+        options = {name: value for name, value in given.items() if name not in names}
+        self.launches.append((args, constants, options))
 
 
 def source(kernel, args, constants) -> ASTSource:
@@ -102,12 +110,12 @@ def recorded(kernels: dict):
             launches[name] = recorders[name].kernel, recorders[name].launches
 
 
-def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048) -> dict:
+def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048, K: int = 16) -> dict:
     """The kernels of a forward and a backward, with the arguments of their launches."""
     forward, backward = MODULES[kind]
     with recorded({f"{kind}_forward": forward, f"{kind}_backward": backward}) as launches:
         q, k, v = torch.empty(3, BATCH, HEADS, L, F, dtype=dtype)
-        lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(MINI_BATCH)
+        lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(K)
         gamma, beta = torch.empty(2, HEADS, F)
         widths = (F, F) if kind == "linear" else (F, 4 * F, F)
         state = [
@@ -131,7 +139,7 @@ def launches_round_the_scan(F: int, dtype: torch.dtype, L: int = 2048) -> dict:
         with recorded(ROUND) as launches:
             x, gate, v = torch.empty(L, BATCH, 3 * D, dtype=dtype, requires_grad=True).chunk(3, -1)
             weight, bias = torch.empty(D, 1, 4, dtype=dtype), torch.empty(D, dtype=dtype)
-            angles = torch.empty(2, MINI_BATCH, F // 2)
+            angles = torch.empty(2, 16, F // 2)
             outputs = [*conv_rotate.conv_rotate(x, [(weight, bias), (weight, bias)], *angles)]
             for ranks in (1, 2):
                 group = SimpleNamespace(size=lambda ranks=ranks: ranks)
@@ -158,23 +166,28 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "local_bytes": stack + local}
 
 
-def compiled(name: str, F: int, dtype: torch.dtype, choices: int) -> list[dict]:
+def compiled(
+    name: str, F: int, K: int, dtype: torch.dtype, targets: Sequence[int], choices: int
+) -> list[dict]:
     """One record per target, launch, and choice that autotuning tries, of the first few."""
     kind = name.split("_")[0]
-    found = launches(kind, F, dtype) if kind in MODULES else launches_round_the_scan(F, dtype)
+    found = launches(kind, F, dtype, K=K) if kind in MODULES else launches_round_the_scan(F, dtype)
     kernel, launched = found[name]
     records = []
-    for (args, constants), target in product(launched, TARGETS):
+    for (args, constants, options), target in product(launched, targets):
         if jitted(kernel) is kernel:
-            constants = dict(constants)
-            configs = [triton.Config({}, num_warps=constants.pop("num_warps", 4), num_stages=1)]
+            configs = [triton.Config({}, num_warps=options.get("num_warps", 4), num_stages=1)]
         else:
             configs = worth_trying(kernel.configs, {}, **constants)[:choices]
         for config in configs:
             program = triton.compile(
                 source(kernel, args, {**constants, **config.kwargs}),
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+                options={
+                    **options,
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                },
             )
             records.append(
                 {
@@ -182,7 +195,7 @@ def compiled(name: str, F: int, dtype: torch.dtype, choices: int) -> list[dict]:
                     "head_dim": F,
                     "operands": str(dtype).removeprefix("torch."),
                     "target": f"sm_{target}",
-                    "block": config.kwargs.get("BM", "-"),
+                    "block": config.kwargs.get("BM", constants.get("BM", "-")),
                     "warps": config.num_warps,
                     **resources(program.asm["cubin"]),
                     "shared_bytes": program.metadata.shared,
@@ -204,15 +217,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernel", help="this one alone, such as mlp_backward")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--mini-batch", type=int, default=16, help="of the scan")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="90 for sm_90")
     parser.add_argument("--choices", type=int, default=9, help="this many of what is tuned over")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     print("| kernel | F | operands | target | BM | warps | registers | local B | shared KiB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     records = []
-    for name, F in product(KERNELS, (64, 96)):
+    for name, F in product(KERNELS, arguments.head_dims):
         if arguments.kernel in (None, name):
-            for record in compiled(name, F, torch.bfloat16, arguments.choices):
+            for record in compiled(
+                name,
+                F,
+                arguments.mini_batch,
+                torch.bfloat16,
+                arguments.targets,
+                arguments.choices,
+            ):
                 records.append(record)
                 print(row(record), flush=True)
     if arguments.output:

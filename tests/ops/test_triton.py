@@ -28,7 +28,7 @@ CASES = (
     "head_dim 20, mini-batches of 32",
     "bf16 groups, a state per sequence",
     "bf16 head_dim 96",
-    "bf16 head_dim 128, mini-batches of 32",
+    "bf16 head_dim 128, mini-batches of 64",
 )
 
 
@@ -73,7 +73,6 @@ def test_a_part_of_the_gradients(kind):
     [
         (8, 16, torch.float32, "head_dim is 8: they take 16 to 128"),
         (16, 4, torch.float32, "mini_batch_size is 4: they take 16, 32 or 64"),
-        (96, 64, torch.float32, "mini_batch_size 64: at 64 they take head_dim 16 to 64"),
         (16, 16, torch.float64, "they compute in float32, not torch.float64"),
     ],
 )
@@ -90,6 +89,22 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
+
+
+@pytest.mark.parametrize("kibibytes,backend", [(163, "torch"), (227, "triton")])
+def test_the_largest_tiles_need_the_shared_memory(kibibytes, backend, monkeypatch):
+    from megatron_ttt.ops.triton import scan
+
+    monkeypatch.setattr(scan, "shared", lambda: kibibytes * 1024)
+    ops.say_once.cache_clear()
+    tensors = inputs("mlp", 1, 1, 8, 96, 64, dtype=torch.float32)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == backend
+    assert len(said) == (backend == "torch")
+    linear = inputs("linear", 1, 1, 8, 96, 64, dtype=torch.float32)
+    assert ops.choose(on_cuda, linear[4], linear[7:]) == "triton"
 
 
 def test_auto_takes_the_kernels_on_cuda():

@@ -13,16 +13,20 @@ from harness import environment
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory) -> list[dict]:
-    output = tmp_path_factory.mktemp("compiled") / "records.json"
+def compiled(output: Path, *arguments: str) -> list[dict]:
+    """The records of the first choices."""
     env = environment()
     env.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("compile_triton.py")
-    command = [sys.executable, script, "--choices", "1", "--output", output]
+    command = [sys.executable, script, "--choices", "1", "--output", output, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[dict]:
+    return compiled(tmp_path_factory.mktemp("compiled") / "records.json")
 
 
 def test_every_variant_compiles(records):
@@ -38,6 +42,14 @@ def test_every_variant_compiles(records):
 def test_shared_memory_fits_a_multiprocessor(records):
     for record in records:
         assert 0 <= record["shared_bytes"] <= record["shared_limit"], record
+
+
+@pytest.mark.parametrize("kernel", ["linear_backward", "mlp_backward"])
+def test_the_largest_tiles_fit_too(kernel, tmp_path):
+    """Mini-batches of 64, heads of 128, on the GPUs they are taken on."""
+    sizes = ["--head-dims", "128", "--mini-batch", "64", "--targets", "90"]
+    (record,) = compiled(tmp_path / "records.json", "--kernel", kernel, *sizes)
+    assert 0 < record["shared_bytes"] <= record["shared_limit"], record
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="each ptxas has its own")
@@ -66,7 +78,7 @@ def test_one_compilation_serves_every_length(kind):
             if kind in MODULES
             else launches_round_the_scan(64, torch.bfloat16, L)
         )
-        for name, (kernel, [(args, constants), *_]) in found.items():
+        for name, (kernel, [(args, constants, _), *_]) in found.items():
             function = jitted(kernel)
             bind = create_function_from_signature(function.signature, function.params, backend)
             if function is not kernel:

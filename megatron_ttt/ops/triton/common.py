@@ -27,6 +27,8 @@ MULTIPROCESSORS = 132
 """Of an H100; an A100 has 108."""
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 LN_EPS = tl.constexpr(1e-6)
+FMA = {"enable_fp_fusion": True}
+"""To launch every kernel with: Triton's own default changes from one version to the next."""
 
 
 @triton.jit
@@ -125,13 +127,15 @@ def autotuned(choices: list[dict], key: list[str]):
     return triton.autotune(configs, key, prune_configs_by=prune, cache_results=True)
 
 
-def worth_trying(configs: list[triton.Config], _, *, P: int, M: int = 0, **__):
+def worth_trying(
+    configs: list[triton.Config], _, *, P: int, M: int = 0, BM: int | None = None, **__
+) -> list[triton.Config]:
     """Those that give a float32 tile of state at most 32 registers a thread, and blocks no more
     hidden units than there are; else the second choice, made for large heads."""
 
     def fits(config: triton.Config) -> bool:
-        BM = config.kwargs.get("BM", P)
-        return 32 * 32 * config.num_warps >= BM * P and (M == 0 or padded(M) >= BM)
+        rows = config.kwargs.get("BM", BM or P)
+        return 32 * 32 * config.num_warps >= rows * P and (M == 0 or padded(M) >= rows)
 
     fitting = list(filter(fits, configs)) or configs[1:2]
     return fitting[:1] if torch.are_deterministic_algorithms_enabled() else fitting

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = {"BL": 64, "BC": 64, "num_warps": 8}
+from megatron_ttt.ops.triton.common import FMA
+
+BLOCK = {"BL": 64, "BC": 64, "num_warps": 8, **FMA}
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from megatron_ttt.ops.triton.common import (
+    FMA,
     TRITON_DTYPE,
     autotuned,
     crowded,
@@ -229,7 +230,7 @@ def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     linear_forward[A,](
         q, k, v, lam_AL, tau, gamma, beta, W, b, out, *kept, *final, L, C, H, crowded(A),
         *strides(q, k, v), *W.stride()[:2], *b.stride()[:2], *strides(out),
-        F=F, P=padded(F), K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT],
+        F=F, P=padded(F), K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT], **FMA,
     )  # fmt: skip
     return out, final, kept
 
@@ -248,6 +249,6 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
         q, k, v, lam_AL, tau, gamma, beta, G, W, b, dout,
         *tokens, dlam, *shared, *state, *dfinal, L, C, H, crowded(A),
         *strides(q, k, v, dout, *tokens),
-        F=F, P=padded(F), K=K, GROUP=group, DOT=TRITON_DTYPE[G.dtype],
+        F=F, P=padded(F), K=K, GROUP=group, DOT=TRITON_DTYPE[G.dtype], **FMA,
     )  # fmt: skip
     return *tokens, dlam, *shared, state

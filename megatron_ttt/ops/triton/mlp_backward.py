@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from megatron_ttt.ops.triton.common import (
+    FMA,
     TRITON_DTYPE,
     autotuned,
     crowded,
@@ -22,7 +23,9 @@ from megatron_ttt.ops.triton.common import (
 from megatron_ttt.ops.triton.gelu import gelu_derivative, gelu_gate, gelu_second_derivative
 from megatron_ttt.ops.triton.mlp import copy_state, load_in, load_out, store_in, store_out
 
-CHOICES = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}]
+CHOICES = [{"num_warps": 4}, {"num_warps": 8}]
+TILES = 64 * 64 * 64
+"""K * P * BM, at most: of what passes through shared memory an H100's 227 KiB hold no more."""
 
 
 @autotuned(CHOICES, key=["F", "M", "K", "crowded"])
@@ -239,5 +242,6 @@ def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
         *tokens, dlam, *shared, *state, *dfinal, *work, L, C, H, crowded(A),
         *strides(q, k, v, dout, *tokens),
         F=F, P=padded(F), M=M, K=K, GROUP=group, DOT=TRITON_DTYPE[kept[0].dtype],
+        BM=min(TILES // (K * padded(F)), 64), **FMA,
     )  # fmt: skip
     return *tokens, dlam, *shared, state

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from megatron_ttt.ops.triton.common import (
+    FMA,
     TRITON_DTYPE,
     autotuned,
     crowded,
@@ -165,6 +166,6 @@ def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     mlp_forward[A,](
         q, k, v, lam_AL, tau, gamma, beta, *state, out, *kept, *final, L, C, H, crowded(A),
         *strides(q, k, v, out), *(stride for W in state for stride in W.stride()[:2]),
-        F=F, P=padded(F), M=M, K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT],
+        F=F, P=padded(F), M=M, K=K, GROUP=group, KEEP=keep, DOT=TRITON_DTYPE[DOT], **FMA,
     )  # fmt: skip
     return out, final, kept

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ttt.ops.triton.common import padded
+from megatron_ttt.ops.triton.common import FMA, padded
 
-BLOCK = {"BL": 64, "BC": 64, "num_warps": 8}
+BLOCK = {"BL": 64, "BC": 64, "num_warps": 8, **FMA}
 ROWS = 2048  # elements of the rows that a program takes at a time
 
 
@@ -154,7 +154,7 @@ class NormConv(torch.autograd.Function):
 
 def rows_of(C: int) -> dict[str, int]:
     P = padded(C)
-    return {"C": C, "P": P, "R": max(ROWS // P, 1)}
+    return {"C": C, "P": P, "R": max(ROWS // P, 1), **FMA}
 
 
 def grids_of(L: int, B: int, C: int) -> tuple[tuple[int], tuple[int, int, int]]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ttt.ops.triton.common import padded
+from megatron_ttt.ops.triton.common import FMA, padded
 from megatron_ttt.ops.triton.gelu import gelu_derivative, gelu_gate
 from megatron_ttt.ops.wide_norm import row_statistics
 
@@ -204,7 +204,7 @@ class NormGate(torch.autograd.Function):
 
 def tiling(D: int) -> dict[str, int]:
     P = padded(D)
-    return {"D": D, "P": P, "R": max(TILE // P, 1)}
+    return {"D": D, "P": P, "R": max(TILE // P, 1), **FMA}
 
 
 def as_rows(x: Tensor) -> Tensor:

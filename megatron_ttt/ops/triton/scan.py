@@ -1,6 +1,9 @@
 """The scan through Triton kernels: what they take, and their place in autograd."""
 
+import math
+
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,21 +16,33 @@ KERNELS = {  # forward and backward, by the number of tensors in the state
 }
 HEAD_DIM = range(16, 129)
 MINI_BATCH = (16, 32, 64)
+SHARED_MEMORY = 227 * 1024
+"""Bytes of it that a program has on an H100."""
 
 
-def why_not(head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str) -> str | None:
+def why_not(
+    kind: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str
+) -> str | None:
     """What keeps the kernels from a scan; see `ops.why_not_triton`."""
     if head_dim not in HEAD_DIM:
         return f"head_dim is {head_dim}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
     if mini_batch_size not in MINI_BATCH:
         return f"mini_batch_size is {mini_batch_size}: they take 16, 32 or 64"
-    if mini_batch_size == 64 and head_dim > 64:  # the backward's tiles outgrow shared memory
-        return f"head_dim is {head_dim}, mini_batch_size 64: at 64 they take head_dim 16 to 64"
     if dtype != torch.float32:
         return f"they compute in float32, not {dtype}"
     if device != "cuda" and not INTERPRETED.value:
         return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
+    if kind == "mlp" and mini_batch_size == 64 and head_dim > 64 and shared() < SHARED_MEMORY:
+        return f"TTT-MLP with head_dim {head_dim}, mini_batch_size 64 needs an H100's shared memory"
     return None
+
+
+def shared() -> float:
+    """Bytes of shared memory that a program may have on this process's GPU."""
+    if INTERPRETED.value:
+        return math.inf
+    device = torch.cuda.current_device()
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 def triton_scan(q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, state, group=GROUP):
