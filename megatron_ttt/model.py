@@ -33,9 +33,14 @@ def core_config(
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
     if model.is_ttt and training.scan_backend == "triton":
-        state_dtype = torch.promote_types(dtype, torch.float32)
-        kind, device = model.layer.removeprefix("ttt_"), platform.device.type
-        reason = why_not_triton(kind, model.head_dim, model.mini_batch_size, state_dtype, device)
+        reason = why_not_triton(
+            model.layer.removeprefix("ttt_"),
+            model.head_dim,
+            model.mini_batch_size,
+            dtype,
+            torch.promote_types(dtype, torch.float32),
+            platform.device.type,
+        )
         if reason is not None:
             raise UserError(
                 f"training.scan_backend=triton: the kernels cannot run here: {reason}; set "

@@ -99,21 +99,26 @@ def choose(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str:
 def facts(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]):
     """Of a scan's inputs, what `why_not_triton` asks for."""
     kind = "linear" if len(state) == 2 else "mlp"
-    return kind, q_BHLF.shape[-1], len(tau_K), state[0].dtype, q_BHLF.device.type
+    return kind, q_BHLF.shape[-1], len(tau_K), q_BHLF.dtype, state[0].dtype, q_BHLF.device.type
 
 
 def why_not_triton(
-    kind: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str
+    kind: str,
+    head_dim: int,
+    mini_batch_size: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: str,
 ) -> str | None:
     """What keeps the kernels from a scan; None if nothing does.
 
-    kind: "linear" or "mlp". dtype: of the state. device: its kind, such as "cuda".
+    kind: "linear" or "mlp". dtype: of q, k and v. device: its kind, such as "cuda".
     """
     try:
         from megatron_ttt.ops.triton.scan import why_not
     except ModuleNotFoundError:
         return "triton is not installed"
-    return why_not(kind, head_dim, mini_batch_size, dtype, device)
+    return why_not(kind, head_dim, mini_batch_size, dtype, state_dtype, device)
 
 
 @cache

@@ -68,6 +68,10 @@ def test_a_part_of_the_gradients(kind):
         assert error < 1e-5, name
 
 
+def like_on_cuda(x: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda"), shape=x.shape, dtype=x.dtype)
+
+
 @pytest.mark.parametrize(
     "F,K,dtype,reason",
     [
@@ -82,7 +86,7 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
     with pytest.raises(ValueError, match=reason):
         ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="triton")
 
-    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
+    on_cuda = like_on_cuda(tensors[0])
     ops.say_once.cache_clear()
     with pytest.warns(UserWarning, match=reason):
         assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
@@ -91,25 +95,29 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
         assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
 
 
-@pytest.mark.parametrize("kibibytes,backend", [(163, "torch"), (227, "triton")])
-def test_the_largest_tiles_need_the_shared_memory(kibibytes, backend, monkeypatch):
+@pytest.mark.parametrize(
+    "kind,F,K,dtype,large",
+    [
+        ("mlp", 96, 64, torch.bfloat16, True),
+        ("mlp", 64, 64, torch.float32, True),
+        ("linear", 96, 64, torch.float32, True),
+        ("linear", 96, 64, torch.bfloat16, False),
+        ("mlp", 64, 64, torch.bfloat16, False),
+        ("mlp", 128, 32, torch.float32, False),
+    ],
+)
+@pytest.mark.parametrize("kibibytes", [163, 227], ids=["A100", "H100"])
+def test_the_largest_tiles_need_the_shared_memory(kind, F, K, dtype, large, kibibytes, monkeypatch):
     from megatron_ttt.ops.triton import scan
 
-    monkeypatch.setattr(scan, "shared", lambda: kibibytes * 1024)
-    ops.say_once.cache_clear()
-    tensors = inputs("mlp", 1, 1, 8, 96, 64, dtype=torch.float32)
-    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == backend
-    assert len(said) == (backend == "torch")
-    linear = inputs("linear", 1, 1, 8, 96, 64, dtype=torch.float32)
-    assert ops.choose(on_cuda, linear[4], linear[7:]) == "triton"
+    monkeypatch.setattr(scan, "shared_memory", lambda: kibibytes * 1024)
+    reason = ops.why_not_triton(kind, F, K, dtype, torch.float32, "cuda")
+    assert (reason is not None) == (large and kibibytes == 163)
 
 
 def test_auto_takes_the_kernels_on_cuda():
     tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
-    on_cuda = SimpleNamespace(device=torch.device("cuda"), shape=tensors[0].shape)
+    on_cuda = like_on_cuda(tensors[0])
     assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "triton"
     assert ops.choose(tensors[0], tensors[4], tensors[7:]) == "torch"
 

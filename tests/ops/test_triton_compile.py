@@ -1,13 +1,11 @@
 """What the recipes launch compiles ahead of time for sm_80 and sm_90, on any machine."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from harness import environment
 
 triton = pytest.importorskip("triton")
@@ -59,29 +57,3 @@ def test_heads_of_64_spill_no_more_than_is_known(records):
         if record["head_dim"] == 64 and record["target"] == "sm_90":
             bound = 1024 if record["kernel"] == "mlp_backward" else 512
             assert record["local_bytes"] <= bound, record
-
-
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing would be compiled")
-@pytest.mark.parametrize("kind", ["linear", "mlp", "around"])
-def test_one_compilation_serves_every_length(kind):
-    """Triton's key of a compiled kernel is the same at every sequence length."""
-    from compile_triton import MODULES, jitted, launches, launches_round_the_scan
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    keys = {}
-    for L in (1, 16, 2048, 2053):
-        found = (
-            launches(kind, 64, torch.bfloat16, L)
-            if kind in MODULES
-            else launches_round_the_scan(64, torch.bfloat16, L)
-        )
-        for name, (kernel, [(args, constants, _), *_]) in found.items():
-            function = jitted(kernel)
-            bind = create_function_from_signature(function.signature, function.params, backend)
-            if function is not kernel:
-                constants = {**constants, **kernel.configs[0].kwargs}
-            keys.setdefault(name, set()).add(str(bind(*args, **constants)[1]))
-    assert all(len(found) == 1 for found in keys.values())

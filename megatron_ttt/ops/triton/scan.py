@@ -21,23 +21,33 @@ SHARED_MEMORY = 227 * 1024
 
 
 def why_not(
-    kind: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, device: str
+    kind: str,
+    head_dim: int,
+    mini_batch_size: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: str,
 ) -> str | None:
     """What keeps the kernels from a scan; see `ops.why_not_triton`."""
     if head_dim not in HEAD_DIM:
         return f"head_dim is {head_dim}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
     if mini_batch_size not in MINI_BATCH:
         return f"mini_batch_size is {mini_batch_size}: they take 16, 32 or 64"
-    if dtype != torch.float32:
-        return f"they compute in float32, not {dtype}"
+    if state_dtype != torch.float32:
+        return f"they compute in float32, not {state_dtype}"
     if device != "cuda" and not INTERPRETED.value:
         return f"they need a CUDA device, not {device} (TRITON_INTERPRET=1 interprets them)"
-    if kind == "mlp" and mini_batch_size == 64 and head_dim > 64 and shared() < SHARED_MEMORY:
-        return f"TTT-MLP with head_dim {head_dim}, mini_batch_size 64 needs an H100's shared memory"
+    # Any two of these make the tiles of the backward too large for an A100.
+    large = [kind == "mlp", head_dim > 64, dtype != torch.bfloat16]
+    if mini_batch_size == 64 and sum(large) > 1 and shared_memory() < SHARED_MEMORY:
+        return (
+            f"TTT-{'MLP' if kind == 'mlp' else 'Linear'} with mini_batch_size 64, head_dim "
+            f"{head_dim} and {dtype} wants the shared memory of an H100"
+        )
     return None
 
 
-def shared() -> float:
+def shared_memory() -> float:
     """Bytes of shared memory that a program may have on this process's GPU."""
     if INTERPRETED.value:
         return math.inf
