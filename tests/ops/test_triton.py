@@ -96,26 +96,31 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
 
 
 @pytest.mark.parametrize(
-    "kind,F,K,dtype,large",
+    "kind,F,K,dtype,least",
     [
-        ("mlp", 96, 64, torch.bfloat16, True),
-        ("mlp", 64, 64, torch.float32, True),
-        ("linear", 96, 64, torch.float32, True),
-        ("linear", 96, 64, torch.bfloat16, False),
-        ("mlp", 64, 64, torch.bfloat16, False),
-        ("mlp", 128, 32, torch.float32, False),
+        ("mlp", 96, 16, torch.bfloat16, 99),
+        ("mlp", 64, 32, torch.bfloat16, 99),
+        ("mlp", 20, 64, torch.bfloat16, 163),
+        ("linear", 96, 64, torch.bfloat16, 99),
+        ("mlp", 128, 32, torch.float32, 163),
+        ("mlp", 64, 64, torch.float32, 227),
+        ("linear", 96, 64, torch.float32, 227),
     ],
 )
-@pytest.mark.parametrize("kibibytes", [163, 227], ids=["A100", "H100"])
-def test_the_largest_tiles_need_the_shared_memory(kind, F, K, dtype, large, kibibytes, monkeypatch):
+def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least, monkeypatch):
     from megatron_ttt.ops.triton import scan
 
-    monkeypatch.setattr(scan, "shared_memory", lambda: kibibytes * 1024)
-    reason = ops.why_not_triton(kind, F, K, dtype, torch.float32, "cuda")
-    assert (reason is not None) == (large and kibibytes == 163)
+    for there in (99, 163, 227):  # an RTX 4090, an A100, an H100
+        monkeypatch.setattr(scan, "shared_kib", lambda there=there: there)
+        reason = ops.why_not_triton(kind, F, K, dtype, torch.float32, "cuda")
+        assert (reason is None) == (there >= least), reason
+        assert reason is None or f"KiB of shared memory, this GPU has {there}" in reason
 
 
-def test_auto_takes_the_kernels_on_cuda():
+def test_auto_takes_the_kernels_on_cuda(monkeypatch):
+    from megatron_ttt.ops.triton import scan
+
+    monkeypatch.setattr(scan, "shared_kib", lambda: 163)
     tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
     on_cuda = like_on_cuda(tensors[0])
     assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "triton"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import environment
 
 triton = pytest.importorskip("triton")
@@ -40,6 +41,19 @@ def test_every_variant_compiles(records):
 def test_shared_memory_fits_a_multiprocessor(records):
     for record in records:
         assert 0 <= record["shared_bytes"] <= record["shared_limit"], record
+
+
+def test_shared_memory_is_what_a_scan_is_chosen_by(records):
+    from megatron_ttt.ops.triton.scan import SHARED_KIB
+
+    found = 0
+    for record in records:
+        kind = record["kernel"].split("_")[0]
+        if record["target"] == "sm_80" and (kind, torch.bfloat16) in SHARED_KIB:
+            known = SHARED_KIB[kind, torch.bfloat16][16, 64 if record["head_dim"] == 64 else 128]
+            assert record["shared_bytes"] <= known * 1024, record
+            found += 1
+    assert found == 2 * 2 * 2
 
 
 @pytest.mark.parametrize("kernel", ["linear_backward", "mlp_backward"])
