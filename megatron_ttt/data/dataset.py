@@ -7,11 +7,17 @@ Asking for another number of samples may change their order: when it needs anoth
 """
 
 import contextlib
+import copyreg
+import fcntl
 import hashlib
+import io
 import math
+import mmap
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +34,36 @@ Blend = str | Sequence[str | float]
 """A prefix, a list of prefixes, or weights and prefixes by turns: [0.3, "a", 0.7, "b"]."""
 
 
-class TokenWindows(Dataset):
+class _FilePickler(pickle.Pickler):
+    """Arrays that are mapped from a file go as its name: a loader's processes map it again."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, GPTDataset):
+            # `indices`, a number for each document, is asked for only while others are built.
+            return copyreg.__newobj__, (type(value),), {**vars(value), "indices": None}
+        # A part of a mapped array is one too, but says where the whole begins.
+        if not (type(value) is np.memmap and isinstance(value.base, mmap.mmap)):
+            return NotImplemented
+        order = "C" if value.flags.c_contiguous else "F"
+        return np.memmap, (value.filename, value.dtype, "r", value.offset, value.shape, order)
+
+
+class _MappedDataset(Dataset):
+    """One whose mapped arrays other processes map too."""
+
+    def __reduce__(self):
+        content = io.BytesIO()
+        _FilePickler(content).dump(vars(self))
+        return _restored, (type(self), content.getvalue())
+
+
+def _restored(kind: type, content: bytes) -> _MappedDataset:
+    dataset = kind.__new__(kind)
+    vars(dataset).update(pickle.loads(content))
+    return dataset
+
+
+class TokenWindows(_MappedDataset):
     """The first `num_samples` samples of a megatron-core dataset.
 
     `epochs` is how often the samples pass over the blend's tokens: above 1, text repeats.
@@ -50,7 +85,7 @@ class TokenWindows(Dataset):
         return np.append(sample["tokens"].numpy(), sample["labels"][-1].item())
 
 
-class FixedBatches(Dataset):
+class FixedBatches(_MappedDataset):
     """Whole batches from a `.npy` file [S, B, L + 1] of token ids: sample i is row i % B of batch
     i // B. For reproductions: with a global batch size of B, step s trains on batch s."""
 
@@ -111,7 +146,7 @@ def build_datasets(
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the index cache {cache_dir}: {error.strerror}") from error
-    with _process_group():
+    with _process_group(), _alone_in(cache_dir):
         if torch.distributed.get_rank() == 0:
             _remove_broken_indices(cache_dir)
         train_windows, validation_windows = (
@@ -168,7 +203,14 @@ def _build_split(
     )
     sizes = [num_samples if s is split else None for s in Split]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-    samples = builder.build()[split.value]
+    try:
+        samples = builder.build()[split.value]
+    except Exception as error:
+        # megatron-core's own words name an attribute of one of its classes.
+        if not isinstance(error.__cause__, OSError):
+            raise
+        reason = error.__cause__.strerror
+        raise UserError(f"cannot write the index cache {cache_dir}: {reason}") from error
     return TokenWindows(samples, num_samples, epochs=num_samples * seq_length / blend.tokens)
 
 
@@ -229,6 +271,23 @@ def _fingerprint(prefix: str) -> str:
         digest = hashlib.sha256(stream.read(1 << 20))
     digest.update(str(bin_path(prefix).stat().st_size).encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone_in(cache_dir: Path) -> Iterator[None]:
+    """On rank 0, which may write to the cache: while no other run does, or reads what is half
+    written."""
+    with contextlib.ExitStack() as stack:
+        # A cache that cannot be written to is read as it is.
+        with contextlib.suppress(OSError):
+            if torch.distributed.get_rank() == 0:
+                lock = stack.enter_context(open(cache_dir / "lock", "a"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"Waiting for another run that is at work in {cache_dir}", flush=True)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_broken_indices(cache_dir: Path) -> None:

@@ -46,10 +46,12 @@ class Options:
         return tuple((split, key) for split in splits for key in self.json_keys)
 
     def fingerprint(self, tokenizer: Tokenizer) -> dict:
-        """The options as they are compared: the tokenizer by its content, not by its path."""
+        """The options as they are compared: the tokenizer by its content, not by its path. BOS and
+        EOS are named beside it: a file of its own may say which they are."""
         options = asdict(self) | {"json_keys": list(self.json_keys), "tokenizer": tokenizer.sha256}
         del options["tokenizer_model"]
-        return options | {"vocab_size": tokenizer.vocab_size}
+        facts = ("vocab_size", "bos_id", "eos_id")
+        return options | {name: getattr(tokenizer, name) for name in facts}
 
     @staticmethod
     def from_fingerprint(fingerprint: dict, tokenizer_model: str) -> "Options":

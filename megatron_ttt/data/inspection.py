@@ -59,6 +59,12 @@ def run_tokenizer(final: dict, tokenizer_model: str | None) -> Tokenizer:
     tokenizer = load_tokenizer(path, final["options"]["backend"])
     if tokenizer.sha256 != final["options"]["tokenizer"]:
         raise UserError(f"{path} is not the tokenizer of the build; name it: --tokenizer-model")
+    for name in ("bos_id", "eos_id"):
+        if getattr(tokenizer, name) != final["options"][name]:
+            raise UserError(
+                f"{path} has the {name} {getattr(tokenizer, name)}, in the build it was "
+                f"{final['options'][name]}: its tokenizer_config.json has changed"
+            )
     return tokenizer
 
 

@@ -111,7 +111,7 @@ def merge_tasks(workspace: Workspace, plan: Plan, on_error: str = "fail") -> dic
 def _load_manifests(workspace: Workspace, plan: Plan, on_error: str) -> dict[str, dict]:
     manifests = {}
     for shard in plan.shards:
-        manifest = workspace.manifest(shard, on_error, again=False)
+        manifest = workspace.manifest(shard, plan.options, on_error, again=False)
         if manifest is None:
             raise UserError(
                 f"{shard} is not done in {workspace.folder}; run its part of the build again, "
@@ -127,14 +127,16 @@ def _append(
     """Append the part of a shard, and hold it against the checksums of its manifest."""
     expected = manifest["streams"][stream]
     prefix = workspace.part_prefix(shard, stream)
-    for lengths in Index(prefix).tokens_per_document():
-        writer.append(b"", lengths)
-    tokens = hashlib.sha256()
-    for chunk in read_chunks(bin_path(prefix)):
-        tokens.update(chunk)
-        writer.append(chunk, _NO_DOCUMENTS)
-    damaged = tokens.hexdigest() != expected["bin"]["sha256"]
-    if damaged or file_sha256(idx_path(prefix)) != expected["idx"]["sha256"]:
+    sound = file_sha256(idx_path(prefix)) == expected["idx"]["sha256"]
+    if sound:
+        for lengths in Index(prefix).tokens_per_document():
+            writer.append(b"", lengths)
+        tokens = hashlib.sha256()
+        for chunk in read_chunks(bin_path(prefix)):
+            tokens.update(chunk)
+            writer.append(chunk, _NO_DOCUMENTS)
+        sound = tokens.hexdigest() == expected["bin"]["sha256"]
+    if not sound:
         workspace.start_task(shard)
         raise UserError(
             f"{prefix} is damaged (its checksum is not its manifest's); run the same command "

@@ -97,7 +97,7 @@ def preprocess(
         if array:
             index, count = array
             shards = shards[index * len(shards) // count : (index + 1) * len(shards) // count]
-        todo = [shard for shard in shards if workspace.manifest(shard, on_error) is None]
+        todo = [s for s in shards if workspace.manifest(s, plan.options, on_error) is None]
         log = Path(f"{workspace.output_prefix}{f'.{part}' if part else ''}.log")
         progress = Progress(log, todo)
         progress.log(f"begins: {len(todo)} shards to do, {json.dumps(plan.options)}")
@@ -128,17 +128,15 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
     Raises `UserError` where a shard is missing, and with `on_error` "fail" where one was skipped.
     """
     workspace = Workspace(os.path.abspath(output_prefix))
-    if not workspace.folder.is_dir():
-        if (final := workspace.load_final()) is not None:
-            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
-            return _summary(final)
-        raise UserError(f"{workspace.folder} not found; run the parts of the build first")
     with _stop_on_signals(), workspace.locked():
-        plan = workspace.load_plan()
-        if plan is None:
+        plan, final = workspace.load_plan(), workspace.load_final()
+        if plan is not None:
+            final = merge_tasks(workspace, plan, on_error)
+            print(_published(final), file=sys.stderr)
+        elif final is not None:
+            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
+        else:
             raise UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
-        final = merge_tasks(workspace, plan, on_error)
-        print(_published(final), file=sys.stderr)
         return _summary(final)
 
 
@@ -211,10 +209,6 @@ def _summary(final: dict) -> Summary:
     )
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
-
-
 @contextmanager
 def _stop_on_signals() -> Iterator[None]:
     """End the work in an orderly way on SIGINT and SIGTERM: what is published stays."""
@@ -222,22 +216,25 @@ def _stop_on_signals() -> Iterator[None]:
         yield
         return
     signals = (signal.SIGINT, signal.SIGTERM)
+    number = signal.SIGINT
 
-    def stop(number: int, _frame: object) -> None:
+    def stop(received: int, _frame: object) -> None:
+        nonlocal number
+        number = received
         for each in signals:
             signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(number)
+        # Native code that is waiting (Ray's) knows this exception, and raises one of its own.
+        raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in signals}
+    before = {each: signal.signal(each, stop) for each in signals}
     try:
         yield
-    except _Stopped as stopped:
-        number = stopped.args[0]
+    except KeyboardInterrupt:
         print(
             f"stopped by {signal.Signals(number).name}; the same command goes on from here",
             file=sys.stderr,
         )
         raise SystemExit(128 + number) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

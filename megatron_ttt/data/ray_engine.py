@@ -4,7 +4,10 @@ The nodes share the file system of the output; input may be URLs. The driver onl
 merges. A node that dies takes no published task with it, and what it was doing is done elsewhere.
 """
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_ttt.data.encoder import Encoder, Options, encode_here
@@ -49,7 +52,8 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            with _signal_handlers_kept():
+                ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster ({error}); check RAY_ADDRESS") from error
     # A lost node or process is no failure of a task: it is tried again for as long as it takes.
@@ -78,6 +82,20 @@ def run_on_ray(
             ray.shutdown()
 
 
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray would end this process itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run_task(
     shard: Shard, output_prefix: str, options: Options, fingerprint: dict, on_error: str
 ) -> tuple[str, list[str], dict[str, Any]]:
@@ -87,17 +105,17 @@ def _run_task(
         if options not in _encoders:
             _encoders[options] = Encoder(options)
         encoder = _encoders[options]
-        if encoder.tokenizer.sha256 != fingerprint["tokenizer"]:
+        if options.fingerprint(encoder.tokenizer) != fingerprint:
             raise UserError(f"{options.tokenizer_model} differs from node to node")
         workspace = Workspace(output_prefix)
-        if workspace.manifest(shard, on_error) is None:
+        if workspace.manifest(shard, fingerprint, on_error) is None:
             items = encode_here(shard_items([shard], options), encoder)
             write_tasks(
                 workspace, [shard], items, options, fingerprint, encoder.dtype, on_error, listener
             )
         else:
             # An attempt whose node died had published it.
-            listener.manifest = workspace.manifest(shard, on_error) or {}
+            listener.manifest = workspace.manifest(shard, fingerprint, on_error) or {}
     except UserError as error:
         return str(error), listener.notes, {}
     except OSError as error:

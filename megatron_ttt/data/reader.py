@@ -84,12 +84,12 @@ def read_blocks(
         stream = HashingStream(raw)
         if shard.name.endswith(".parquet"):
             # Parquet is read from its end: one pass for the checksum, another for the rows.
-            stream.finish()
-            yield from _table_blocks(shard, raw, json_keys, stream.position)
+            whole = ShardRead(sha256=stream.finish(), size=stream.position)
+            yield from _table_blocks(shard, raw, json_keys, whole.size)
         else:
             yield from _line_blocks(decompressed(shard, stream), stream, max_document)
-        sha256 = stream.finish()
-    yield ShardRead(stream.position, sha256)
+            whole = ShardRead(sha256=stream.finish(), size=stream.position)
+    yield whole
 
 
 def _line_blocks(

@@ -99,7 +99,9 @@ def _find_remote(pattern: str) -> list[Shard]:
     with _remote_errors(pattern):
         files, path = fsspec_module().core.url_to_fs(pattern)
         urls = [files.unstrip_protocol(match) for match in files.glob(path)]
-        if not any(character in pattern for character in "*["):
+        # In an http URL a question mark begins the query.
+        wild = "*[" if pattern.startswith("http") else "*[?"
+        if not any(character in pattern for character in wild):
             urls = [pattern]
         shards = []
         for url in urls:

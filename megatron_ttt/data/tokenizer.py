@@ -145,12 +145,16 @@ class HuggingFaceTokenizer(Tokenizer):
         path = self.model_path.with_name("tokenizer_config.json")
         try:
             config = json.loads(path.read_bytes()) if path.exists() else {}
+            if not isinstance(config, dict):
+                raise ValueError("it is no JSON object")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         ids = {}
         for kind, usual in _USUAL_NAMES.items():
             named = config.get(f"{kind}_token")
             named = named.get("content") if isinstance(named, dict) else named
+            if not isinstance(named, str | None):
+                raise UserError(f"{path}: {kind}_token is {named!r}, no name of a token")
             candidates = (named,) if named or config else usual
             found = [self._tokenizer.token_to_id(name) for name in candidates if name]
             ids[kind] = next((i for i in found if i is not None), -1)

@@ -27,8 +27,10 @@ def verify(
     `samples` documents of up to eight shards are encoded anew from the source and decoded. Raises
     `UserError` at the first thing that does not hold.
     """
+    if samples < 0:
+        raise UserError(f"--samples is {samples}; give 0 for none, or more")
     final, datasets = open_run(output_prefix)
-    tokenizer = run_tokenizer(final, tokenizer_model)
+    run_tokenizer(final, tokenizer_model)
     options = final["options"]
     for dataset in datasets:
         name = Path(dataset.prefix).name
@@ -36,8 +38,8 @@ def verify(
         yield f"{name}: sizes and checksums are those of the manifest"
         _check_index(dataset)
         yield f"{name}: the index of {dataset.entry['documents']} documents is sound"
-        bos = tokenizer.bos_id if options["prepend_bos"] else None
-        eos = tokenizer.eos_id if options["append_eod"] else None
+        bos = options["bos_id"] if options["prepend_bos"] else None
+        eos = options["eos_id"] if options["append_eod"] else None
         _check_tokens(dataset, options["vocab_size"], bos, eos)
         ends = "" if eos is None else "; each document ends, and only ends, with EOS"
         yield f"{name}: {dataset.entry['tokens']} ids below {options['vocab_size']}{ends}"
@@ -108,7 +110,8 @@ def _check_tokens(dataset: Dataset, vocab_size: int, bos: int | None, eos: int |
             if control is not None and bool((tokens[places] != control).any()):
                 raise UserError(f"{bin_path(dataset.prefix)}: a document without {name} at its end")
     for name, control in (("BOS", bos), ("EOS", eos)):
-        if control is not None and found[name] != len(index.lengths):
+        a_document = 2 if bos == eos else 1
+        if control is not None and found[name] != a_document * len(index.lengths):
             raise UserError(f"{bin_path(dataset.prefix)}: {name} inside a document")
 
 

@@ -83,15 +83,18 @@ class Workspace:
     def load_final(self) -> dict | None:
         return load_json(self.final_manifest)
 
-    def manifest(self, shard: Shard, on_error: str, again: bool = True) -> dict | None:
+    def manifest(
+        self, shard: Shard, options: dict, on_error: str, again: bool = True
+    ) -> dict | None:
         """The manifest of a shard that is done, if it counts.
 
-        The shard must still have the size and time of change it had, and its parts must be there
-        in their sizes. With `on_error` "fail" nothing may have been skipped; with `again`, a shard
-        that was skipped as a whole does not count as done: it is tried again.
+        It must be of these options, the shard must still have the size and time of change it had,
+        and its parts must be there in their sizes. With `on_error` "fail" nothing may have been
+        skipped; with `again`, a shard that was skipped as a whole does not count as done: it is
+        tried again.
         """
         manifest = load_json(self.manifest_path(shard))
-        if manifest is None or (manifest["skipped"] and again):
+        if manifest is None or manifest["options"] != options or (manifest["skipped"] and again):
             return None
         if on_error == "fail" and (manifest["malformed"] or manifest["skipped"]):
             return None

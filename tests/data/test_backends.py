@@ -106,6 +106,32 @@ def test_gigatoken_is_made_anew_before_its_cache_grows_large(tokenizer, monkeypa
     assert len(made) > 10
 
 
+def test_other_control_tokens_are_another_tokenizer(tokenizer_json, tmp_path):
+    """They are named in a file beside the model, which the model's checksum knows nothing of."""
+    model, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    model.write_bytes(tokenizer_json.read_bytes())
+    config.write_text(json.dumps({"bos_token": "</s>", "eos_token": "</s>"}))
+    write_shard(tmp_path / "a.json", TEXTS)
+    (tmp_path / "b.json").write_text("{}")
+    run = ([f"{tmp_path}/?.json"], str(tmp_path / "c4"), model)
+    options = {"append_eod": True, "prepend_bos": True}
+    with pytest.raises(UserError, match=r"b\.json:1"):
+        preprocess(*run, **options)
+    write_shard(tmp_path / "b.json", TEXTS)
+    config.write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    with pytest.raises(UserError, match="begun with other options: bos_id was 1 and is 0"):
+        preprocess(*run, **options)
+    config.write_text(json.dumps({"bos_token": "</s>", "eos_token": "</s>"}))
+    preprocess(*run, **options)
+    assert any("only ends, with EOS" in line for line in verify(run[1]))
+    config.write_text("[]")
+    with pytest.raises(UserError, match="it is no JSON object"):
+        list(verify(run[1]))
+    config.write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    with pytest.raises(UserError, match="has the bos_id 0, in the build it was 1"):
+        list(verify(run[1]))
+
+
 def test_gigatoken_is_refused_where_it_differs(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("gigatoken")
     write_shard(tmp_path / "a.json", TEXTS)

@@ -1,4 +1,7 @@
+import fcntl
 import hashlib
+import pickle
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +186,46 @@ def test_missing_and_too_small_data_are_refused_before_anything_is_built(tmp_pat
     np.testing.assert_array_equal(
         build_train(tmp_path / "cache", enough, 1)[0], np.arange(LENGTH + 1)
     )
+
+
+def test_processes_that_load_map_the_indices_again(tmp_path):
+    prefix = write_pair(tmp_path / "data", numbered_documents(3000, seed=1))
+    built = build_train(tmp_path / "cache", prefix, 4000)
+    mapped = build_train(tmp_path / "cache", prefix, 4000)
+    content = pickle.dumps(mapped)
+    assert len(content) < 10_000 < len(pickle.dumps(built))
+    for copy in (pickle.loads(content), pickle.loads(pickle.dumps(built))):
+        assert len(copy) == 4000 and copy.epochs == built.epochs
+        assert all(np.array_equal(copy[i], built[i]) for i in range(0, 4000, 97))
+    np.save(tmp_path / "fixed.npy", np.arange(9000, dtype=np.int32).reshape(9, 10, 100))
+    fixed = FixedBatches(tmp_path / "fixed.npy")
+    content = pickle.dumps(fixed)
+    assert len(content) < 1000
+    assert all(np.array_equal(pickle.loads(content)[i], fixed[i]) for i in range(90))
+
+
+def test_a_cache_that_another_run_writes_to_is_waited_for(tmp_path, capsys):
+    prefix = write_pair(tmp_path / "data", numbered_documents(60, seed=1))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "half.npy").write_bytes(b"what it is writing")
+    seen = []
+
+    def release(lock):
+        seen.extend(path.name for path in (tmp_path / "cache").iterdir())
+        lock.close()
+
+    lock = open(tmp_path / "cache" / "lock", "a")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.5, release, [lock]).start()
+    assert len(build_train(tmp_path / "cache", prefix, 20)) == 20
+    assert sorted(seen) == ["half.npy", "lock"]
+    assert "Waiting for another run that is at work in" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
+    prefix = write_pair(tmp_path / "data", numbered_documents(60, seed=1))
+    with pytest.raises(UserError, match="cannot write the index cache /sys/kernel: "):
+        build_train(Path("/sys/kernel"), prefix, 20)
 
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path):

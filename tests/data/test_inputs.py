@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import http.server
 import io
 import json
@@ -57,6 +58,9 @@ def test_all_kinds_give_the_same_bytes(tokenizer, tmp_path, kind, workers, monke
     run = (str(tmp_path / "b"), tokenizer.model_path)
     preprocess([f"{tmp_path}/c4{kind}"], *run, workers=workers)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
+    (shard,) = json.loads((tmp_path / "b.manifest.json").read_text())["shards"]
+    assert shard["size"] == len(packed(kind))
+    assert shard["sha256"] == hashlib.sha256((tmp_path / f"c4{kind}").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("kind", [".json.gz", ".json.zst", ".parquet"])
@@ -102,6 +106,7 @@ def test_urls_of_fsspec_are_read_and_globbed(tokenizer, tmp_path):
     assert all(shard.size for shard in found)
     preprocess(["memory://c4/*.json.gz"], str(tmp_path / "b"), tokenizer.model_path, workers=2)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
+    assert len(find_shards([f"file://{tmp_path}/c4.0000?.json"])) == 2
     preprocess([f"file://{tmp_path}/c4.0*.json"], str(tmp_path / "c"), tokenizer.model_path)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "c_text_document")
 

@@ -84,12 +84,13 @@ def test_a_shard_that_changed_is_done_again(corpus, tmp_path, stop_at_shard):
 
 
 @pytest.mark.parametrize("damage", ["shorter", "other bytes", "gone"])
-def test_a_damaged_part_is_done_again_never_merged(corpus, tmp_path, stop_at_shard, damage):
+@pytest.mark.parametrize("file", ["bin", "idx"])
+def test_a_damaged_part_is_done_again_never_merged(corpus, tmp_path, stop_at_shard, file, damage):
     expected = reference(corpus, tmp_path)
     stop_at_shard(2)
     with pytest.raises(Broken):
         preprocess(*corpus)
-    (part,) = Path(f"{corpus[1]}.tasks").glob("c4-train.00001*.bin")
+    (part,) = Path(f"{corpus[1]}.tasks").glob(f"c4-train.00001*.{file}")
     content = part.read_bytes()
     if damage == "gone":
         part.unlink()
@@ -101,6 +102,22 @@ def test_a_damaged_part_is_done_again_never_merged(corpus, tmp_path, stop_at_sha
             preprocess(*corpus)
         assert not Path(f"{corpus[1]}_text_document.bin").exists()
     preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == expected
+
+
+def test_a_task_of_other_options_is_done_again(corpus, tmp_path, stop_at_shard):
+    """One on another machine may outlive its run, and publish after the next has begun."""
+    expected = reference(corpus, tmp_path)
+    stop_at_shard(2)
+    with pytest.raises(Broken):
+        preprocess(*corpus)
+    (path,) = Path(f"{corpus[1]}.tasks").glob("c4-train.00001*.manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["options"]["append_eod"] = True
+    path.write_text(json.dumps(manifest))
+    read = stop_at_shard(None)
+    preprocess(*corpus)
+    assert read == ["c4-train.00001.json.gz", "c4-train.00002.json.gz"]
     assert pair(f"{corpus[1]}_text_document") == expected
 
 
@@ -277,6 +294,10 @@ def test_parts_of_an_array_work_side_by_side_and_each_only_once(corpus, tmp_path
         preprocess([f"{tmp_path}/c4-train.00000*"], *corpus[1:], array=(0, 2))
     merge(corpus[1])
     assert pair(f"{corpus[1]}_text_document") == expected
+    preprocess(*corpus, array=(0, 2))  # once more, too late
+    merge(corpus[1])
+    assert pair(f"{corpus[1]}_text_document") == expected
+    assert not Path(f"{corpus[1]}.tasks").exists()
 
 
 @pytest.mark.timeout(300)

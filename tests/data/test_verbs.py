@@ -47,6 +47,11 @@ def test_verify_accepts_a_sound_build(build):
     assert any("ends, and only ends, with EOS" in line for line in lines)
 
 
+def test_verify_refuses_a_negative_number_of_samples(build):
+    with pytest.raises(UserError, match="--samples is -1"):
+        list(verify(build, samples=-1))
+
+
 def test_verify_follows_splits_groups_and_skipped_lines(shards, tokenizer, tmp_path):
     write_shard(tmp_path / "c.json", make_texts(90, seed=8))
     bad = (tmp_path / "c.json").read_text().splitlines()
