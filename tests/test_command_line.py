@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -191,11 +192,33 @@ def test_refuses_to_start_over_a_run(data, whole_run):
     assert (whole_run / "checkpoint-6" / "state.json").exists()
 
 
-def test_a_final_model_that_is_missing_is_exported(data, tmp_path):
-    """As after a run that was stopped while it exported."""
-    command = [*PRETRAIN, *options(data, tmp_path / "run")]
+def test_exports_that_are_missing_are_made_up_for(data, tmp_path):
+    """As after a run that was killed while it exported."""
+    run_dir = tmp_path / "run"
+    command = [*PRETRAIN, *options(data, run_dir, "checkpoint.milestone_every=3")]
     run(command)
-    assert not (tmp_path / "run/final_model").exists()
-    output = run([*command, "checkpoint.export_final=true"])
-    assert "Nothing to do: step 6 of 6" in output and "Exported" in output
-    assert (tmp_path / "run/final_model/model.safetensors").exists()
+    assert not (run_dir / "final_model").exists()
+    half = run_dir / ".exported-milestone-3-hf.0123abcd"
+    half.mkdir()
+    more = ["checkpoint.export_final=true", "checkpoint.export_milestones=true"]
+    output = run([*command, *more])
+    assert "Nothing to do: step 6 of 6" in output and not half.exists()
+    for name in ("final_model", "milestone-3-hf", "milestone-6-hf"):
+        assert f"Exported {run_dir / name}" in output
+        assert (run_dir / name / "model.safetensors").exists()
+    assert "Exported" not in run([*command, *more])
+
+
+def test_an_export_has_its_name_as_soon_as_it_is_done(whole_run, tmp_path):
+    from megatron_ttt.hf.background import BackgroundExports
+
+    exports, lines = BackgroundExports(), []
+    for name, checkpoint in (("a", "checkpoint-6"), ("b", "checkpoint-7"), ("c", "checkpoint-6")):
+        exports.add(whole_run / checkpoint, tmp_path / name)
+    while exports.busy:
+        lines += exports.advance()
+        assert len(lines) != 1 or ((tmp_path / "a").exists() and not (tmp_path / "c").exists())
+        time.sleep(0.05)
+    assert lines[0] == f"Exported {tmp_path}/a" and lines[2] == f"Exported {tmp_path}/c"
+    assert lines[1].startswith(f"NOT exported: {tmp_path}/b: error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".export-b.log", "a", "c"]

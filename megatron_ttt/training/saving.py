@@ -16,6 +16,7 @@ from torch import nn
 from megatron_ttt.checkpoint.store import (
     checkpoint_name,
     link_milestone,
+    list_checkpoints,
     milestone_name,
     prune,
     write_pointer,
@@ -53,8 +54,9 @@ class Saver:
         return self.writer.failure
 
     def poll(self) -> None:
-        """Publish what has been written; call it between steps."""
+        """Publish what has been written and exported; call it between steps."""
         self.writer.poll()
+        self._advance_exports()
 
     def wait(self) -> None:
         """Until all is written and published, and what goes for it is gone."""
@@ -98,7 +100,9 @@ class Saver:
             prune(self.run_dir, self.config.checkpoint.keep, self._remove_behind)
         except OSError as error:
             say(f"Warning: {path} is good, but what follows a save failed: {error}")
-        self._start_exports(path, step, milestone)
+        if milestone:
+            self._export_milestone(self.run_dir / milestone_name(step))
+        self._export_final(path, step)
 
     def _remove_behind(self, path: Path) -> None:
         """Remove a folder while training goes on: gigabytes take a while. The process does not end
@@ -131,30 +135,42 @@ class Saver:
             )
 
     def export_what_is_missing(self, path: Path, step: int) -> None:
-        """On rank 0: begin the final export of a run that ended before it was done."""
+        """On rank 0: the exports of a run that ended, at `step`, before they were done."""
+        for listed in list_checkpoints(self.run_dir):
+            if listed.kind == "milestone" and not _export_of(listed.path).exists():
+                self._export_milestone(listed.path)
         if not (self.run_dir / FINAL_MODEL).exists():
-            self._start_exports(path, step, milestone=False)
+            self._export_final(path, step)
 
-    def _start_exports(self, path: Path, step: int, milestone: bool) -> None:
-        """Begin what is to be exported of a checkpoint that was just published."""
-        options = self.config.checkpoint
-        if milestone and options.export_milestones:
-            folder = self.run_dir / milestone_name(step)
-            self.exports.start(folder, self.run_dir / f"{folder.name}-hf")
-        wanted = options.export_final
+    def _export_milestone(self, path: Path) -> None:
+        if self.config.checkpoint.export_milestones:
+            self.exports.add(path, _export_of(path))
+
+    def _export_final(self, path: Path, step: int) -> None:
+        wanted = self.config.checkpoint.export_final
         if wanted is None:
             wanted = self.config.data.tokenizer_model is not None
         if wanted and step == self.config.training.steps:
-            self.exports.start(path, self.run_dir / FINAL_MODEL)
+            self.exports.add(path, self.run_dir / FINAL_MODEL)
+
+    def _advance_exports(self) -> None:
+        try:
+            for line in self.exports.advance():
+                say(line)
+        except OSError as error:
+            say(f"Warning: an export failed: {error}")
 
     def wait_for_exports(self) -> None:
         """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
         running = torch.ones((), dtype=torch.int32, device=self.device)
         while True:
-            running.fill_(int(not self.exports.finished()))
+            self._advance_exports()
+            running.fill_(int(self.exports.busy))
             dist.broadcast(running, src=0)
             if not running.item():
                 break
             time.sleep(1.0)
-        for line in self.exports.publish():
-            say(line)
+
+
+def _export_of(milestone: Path) -> Path:
+    return milestone.with_name(f"{milestone.name}-hf")

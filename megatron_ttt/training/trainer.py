@@ -32,6 +32,7 @@ from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
 from megatron_ttt.data.identity import check_unchanged, fingerprints
 from megatron_ttt.errors import TrainingError, UserError
+from megatron_ttt.hf.background import remove_unfinished
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.loggers import check_loggers, say
@@ -112,6 +113,7 @@ class Trainer:
         if self.is_first_rank:
             self.data_fingerprints = fingerprints(data_files(self.config))
             remove_leftovers(self.run_dir)
+            remove_unfinished(self.run_dir)
             found = [self._choose_checkpoint()]
         dist.broadcast_object_list(found)
         return found[0]
@@ -210,8 +212,8 @@ class Trainer:
         last = config.training.exit_step or config.training.steps
         if self.step >= last and self.is_first_rank:
             say(f"Nothing to do: step {self.step} of {last} is behind")
-            if self.resume_from is not None and self._is_own(self.resume_from):
-                self.saver.export_what_is_missing(self.resume_from.path, self.step)
+        if self.is_first_rank and self.resume_from is not None and self._is_own(self.resume_from):
+            self.saver.export_what_is_missing(self.resume_from.path, self.step)
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
