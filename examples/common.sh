@@ -26,7 +26,7 @@ fail() {
 # The GPUs that CUDA_VISIBLE_DEVICES leaves of this machine's.
 count_gpus() {
     local visible
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
         echo "${#visible[@]}"
     elif command -v nvidia-smi >/dev/null; then
@@ -78,7 +78,10 @@ train_c4() {
         exec "$PYTHON" pretrain_ttt.py "${config[@]}" "${overrides[@]}" \
             --dry-run --world-size "$gpus"
     fi
-    local run_dir=${RUN_DIR:-runs/${name}_c4_$(date +%Y%m%d-%H%M%S)}
+    local run_dir=${RUN_DIR:-runs/${name}_c4_$(date +%Y%m%d-%H%M%S)} given
+    for given in "$@"; do
+        [[ $given != run.dir=* ]] || run_dir=${given#run.dir=}
+    done
     echo "$name on $gpus processes, $fitted sequences a step in microbatches of $micro: $run_dir"
     GPUS=$gpus exec examples/multi_node/torchrun.sh \
         "${config[@]}" "${overrides[@]}" "run.dir=$run_dir"

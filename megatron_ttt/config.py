@@ -7,6 +7,7 @@ A recipe may name others in `extends:`; it then holds only what differs from the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -304,7 +305,8 @@ def _refusing(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {_one_line(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    except TypeError as error:  # OmegaConf's own, of a mapping where a list belongs
+    except (TypeError, ValueError) as error:
+        # OmegaConf's, of a mapping where a list belongs; YAML's, of a date that there is not
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
 
 
@@ -369,6 +371,10 @@ def validate(config: Config) -> None:
         _at_least(f"model.{name}", getattr(model, name), 1)
     _at_least("model.mini_batch_size", model.mini_batch_size, 1)
     _at_least("model.conv_kernel", model.conv_kernel, 2)
+    for name in ("norm_eps", "rope_theta"):
+        _at_least(f"model.{name}", getattr(model, name), 1e-12)
+    for name in ("init_std", "ttt_base_lr"):
+        _at_least(f"model.{name}", getattr(model, name), 0)
     for name in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "log_every"):
         _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -419,6 +425,8 @@ def validate(config: Config) -> None:
 
 def check_layout(config: Config, world_size: int) -> int:
     """Refuse a layout that `world_size` processes cannot take; return the data-parallel size."""
+    if world_size < 1:
+        raise UserError(f"{world_size} processes train nothing: give 1 or more")
     model, training, parallel = config.model, config.training, config.parallel
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
@@ -488,7 +496,9 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value} is none of {', '.join(choices)}")
 
 
-def _at_least(key: str, value: float, least: int) -> None:
+def _at_least(key: str, value: float, least: float) -> None:
+    if value == math.inf:
+        raise UserError(f"{key}={value} is too large: set a finite number")
     if not value >= least:  # NaN is not
         raise UserError(f"{key}={value} is too small: set {least} or more")
 

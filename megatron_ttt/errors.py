@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 RANK_0_FIRST_SECONDS = 10
 
@@ -43,3 +44,10 @@ def run_command(main: Callable[[], int | None]) -> int:
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def refuse_missing_folders(*outputs: Path | None) -> None:
+    """Raise `UserError` where a file could not be written, before the work that is to be in it."""
+    for output in filter(None, outputs):
+        if not output.absolute().parent.is_dir():
+            raise UserError(f"{output} cannot be written: {output.parent} is no folder")

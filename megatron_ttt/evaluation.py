@@ -87,6 +87,12 @@ class Evaluator:
             return chunk(next(batches), None, None, labels=labels), loss
 
         batch, length = input_ids.shape
+        parallel = self.config.parallel
+        if parallel.sequence_parallel and length % parallel.tensor_model_parallel_size:
+            raise UserError(
+                f"sequences of {length} tokens do not divide over "
+                f"{parallel.tensor_model_parallel_size} ranks: set parallel.sequence_parallel=false"
+            )
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter([input_ids.to(self.device)]) for _ in chunks],
@@ -243,7 +249,13 @@ def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
     """
     tree: dict[str, Any] = dict(open_checkpoint(checkpoint).config)
     tree.pop("parallel", None)
-    return config_with_defaults(tree, Path(checkpoint), overrides)
+    config = config_with_defaults(tree, Path(checkpoint), overrides)
+    if (chunks := config.parallel.virtual_pipeline_model_parallel_size) is not None:
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} speeds up training alone: "
+            "leave it out"
+        )
+    return config
 
 
 def official_config(folder: Path, overrides: list[str]) -> Config:

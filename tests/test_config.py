@@ -104,6 +104,9 @@ REFUSED = [
     ("run.seed=-1", "run.seed"),
     ("training.eval_batches=0", "training.eval_batches"),
     ("data.num_workers=-1", "data.num_workers"),
+    ("model.init_std=-1", "model.init_std"),
+    ("model.rope_theta=0", "model.rope_theta"),
+    ("optimizer.lr=.inf", "optimizer.lr"),
 ]
 
 
@@ -120,7 +123,7 @@ def test_refuses_broken_recipes(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/recipe.yaml").write_text("extends: ../recipe.yaml")
     for text in (
-        *("model: [", "- a", "model: {x: 1}", "data: [1]", "\xff"),
+        *("model: [", "- a", "model: {x: 1}", "data: [1]", "\xff", "run: {dir: 2025-99-99}"),
         *("extends: recipe.yaml", "extends: gone.yaml", "extends: other/recipe.yaml"),
         *("extends:", "extends: 3", "extends: [1]"),
     ):
@@ -140,6 +143,7 @@ IMPOSSIBLE = [
     (["parallel.tensor_model_parallel_size=2"], 3, "multiple of 2"),
     (["training.global_batch_size=6", "training.micro_batch_size=4"], 1, "global_batch_size"),
     ([], 3, "global_batch_size"),
+    ([], 0, "0 processes"),
     (["parallel.virtual_pipeline_model_parallel_size=2"], 1, "virtual"),
     (
         [

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -186,6 +187,7 @@ def test_the_trial_and_its_resume(tmp_path):
     parent = ROOT / "yaml_recipes/debug_cpu.yaml"
     recipe.write_text(yaml.safe_dump({"extends": str(parent), "run": {"dir": f"{tmp_path}/run"}}))
     command = [*DOCTOR, "--trial", "--config", str(recipe), "data.train=[nowhere]"]
+    command += ["checkpoint.keep=1", "training.steps=3"]  # which the trial needs more of
     done = subprocess.run(
         command, env=script_environment(), cwd=ROOT, capture_output=True, text=True
     )
@@ -208,6 +210,20 @@ def test_a_trial_that_fails_says_why(tmp_path):
     assert "problem  trial: ended with exit code" in done.stdout
     assert "run.device=cuda, but torch sees no GPU" in done.stdout
     assert not (tmp_path / "doctor-trial-run").exists()
+
+
+def test_a_resume_from_elsewhere_is_a_problem(monkeypatch, tmp_path):
+    from megatron_ttt.doctor import trial
+
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    record = {"loss": 1.0, "seconds": 1.0, "memory_gib": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "log").write_text("Nothing to go on from\n")
+    monkeypatch.setattr(trial, "_train", lambda *_: None)
+    found = list(trial._train_and_resume(tmp_path / "recipe.yaml", tmp_path, 1, False))
+    assert [finding.level for finding in found] == ["good", "problem"]
+    assert found[1].text == "it did not go on from checkpoint-5"
 
 
 def test_what_needs_a_recipe():

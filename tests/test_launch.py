@@ -71,9 +71,16 @@ def test_gpus_are_counted(tmp_path):
     smi.write_text("#!/bin/sh\necho 'GPU 0: a card'\necho 'GPU 1: a card'\n")
     smi.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    assert plan(launch("train_125m_c4.sh", DRY_RUN=1, PATH=path))["world_size"] == 2
-    output = launch("train_125m_c4.sh", DRY_RUN=1, PATH=path, CUDA_VISIBLE_DEVICES="4,5,6,7")
-    assert plan(output)["world_size"] == 4
+
+    def counted(**settings) -> str:
+        environment = {**script_environment(PATH=path), **settings}
+        environment = {name: value for name, value in environment.items() if value is not None}
+        script = ". examples/common.sh; count_gpus"
+        return subprocess.check_output(["bash", "-c", script], cwd=ROOT, env=environment, text=True)
+
+    assert counted(CUDA_VISIBLE_DEVICES=None) == "2\n"
+    assert counted(CUDA_VISIBLE_DEVICES="4,5,6,7") == "4\n"
+    assert counted(CUDA_VISIBLE_DEVICES="") == "0\n"
 
 
 def test_refusals():
@@ -99,7 +106,7 @@ def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
     overrides = tiny_overrides(tmp_path)
     whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
     script, log = "train_125m_c4.sh", tmp_path / "log"
-    output = launch(script, *overrides, GPUS=2, RUN_DIR=whole)
+    output = launch(script, *overrides, f"run.dir={whole}", GPUS=2)
     assert "ttt_linear_125m on 2 processes, 4 sequences a step in microbatches of 1" in output
 
     def two_steps_of(run_dir: Path) -> subprocess.Popen:

@@ -16,7 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ttt.errors import UserError, run_command
+from megatron_ttt.errors import UserError, refuse_missing_folders, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--save-logits and --save-gradients need --input-ids")
     if (arguments.json or arguments.plot) and arguments.input_ids:
         raise UserError("--json and --plot are of the validation loss, not of --input-ids")
+    written = ("json", "plot", "save_logits", "save_gradients")
+    refuse_missing_folders(*(getattr(arguments, name) for name in written))
     if arguments.inner_loop and arguments.hf:
         raise UserError("--inner-loop looks into a --checkpoint: import the directory first")
     return arguments

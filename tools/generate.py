@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_ttt.errors import UserError, run_command
+from megatron_ttt.errors import UserError, refuse_missing_folders, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help=".json to write: text, ids, tokens per second")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
+    refuse_missing_folders(arguments.json)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: give 1 or more")
     if not 0 < arguments.top_p <= 1 or arguments.temperature <= 0 or arguments.top_k < 0:

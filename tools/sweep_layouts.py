@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from megatron_ttt.config import load_config
-from megatron_ttt.errors import UserError, run_command
+from megatron_ttt.errors import UserError, refuse_missing_folders, run_command
 from megatron_ttt.planning.cost import find_device
 from megatron_ttt.planning.layouts import rank_layouts
 
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", type=Path, help="write all of them here")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    refuse_missing_folders(arguments.json)
+    return arguments
 
 
 def main() -> None:

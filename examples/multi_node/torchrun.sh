@@ -11,11 +11,12 @@
 #   RDZV_ID        name of the job, the same on all nodes (default megatron-ttt)
 #   RDZV_CONF      torchrun's --rdzv-conf, such as join_timeout=1800
 #   NODE_ADDR      this node's address, where its host name does not resolve on the others
-#   MAX_RESTARTS   restarts after a failure (default 3)
+#   MAX_RESTARTS   how often torchrun starts the processes again after a failure, and this script
+#                  torchrun (default 3, each)
 #
 # SIGTERM, SIGINT or SIGUSR1 to any node's script: all processes save and leave. Exit code: 0 done;
 # 75 stopped on purpose, give the same command again; 2 and 3 as docs/checkpoints.md has them;
-# another: what failed failed more than MAX_RESTARTS times.
+# another: what failed failed again and again.
 
 set -euo pipefail
 

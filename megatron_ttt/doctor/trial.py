@@ -95,9 +95,10 @@ def trial_config(config: Config, processes: int, on_gpu: bool) -> tuple[Config, 
     reductions.append(
         f"{training.global_batch_size} of {config.training.global_batch_size} sequences a step"
     )
+    training.steps = max(config.training.steps, STEPS)
     training.exit_step, training.log_every = STEPS, 1
     trial.checkpoint.save_every, trial.checkpoint.milestone_every = RESUME_FROM, 0
-    trial.checkpoint.load = "auto"
+    trial.checkpoint.load, trial.checkpoint.keep = "auto", 0
     trial.data.validation = []
     trial.logging.wandb_mode = "disabled"
     return trial, reductions
@@ -145,6 +146,9 @@ def _train_and_resume(
     if failure := _train(recipe, processes):
         yield Finding("problem", "resume", failure)
         return
+    if f"checkpoint-{RESUME_FROM} at step {RESUME_FROM}" not in _log(recipe).read_text():
+        yield Finding("problem", "resume", f"it did not go on from checkpoint-{RESUME_FROM}")
+        return
     resumed = [record["loss"] for record in _records(run_dir)]
     if resumed == losses:
         text = f"from step {RESUME_FROM} on, the same losses to the last bit"
@@ -162,7 +166,7 @@ def _train(recipe: Path, processes: int) -> str | None:
     """Run the trial from where it is; why it failed, or None."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(PRETRAIN), "--config", str(recipe)]
-    log = recipe.parent / "log"
+    log = _log(recipe)
     with open(log, "w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if code == 0:
@@ -171,6 +175,10 @@ def _train(recipe: Path, processes: int) -> str | None:
     said = [line for line in lines if line.startswith("error")]
     said = said or [line for line in lines if "Error" in line] or lines[-1:]
     return f"ended with exit code {code}: {said[0] if said else 'it said nothing'}"
+
+
+def _log(recipe: Path) -> Path:
+    return recipe.parent / "log"
 
 
 def _records(run_dir: Path) -> list[dict]:

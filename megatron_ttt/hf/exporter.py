@@ -125,16 +125,19 @@ def _write_configuration(
     if tokenizer is not None:
         known = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         ids = {f"{role}_token_id": id if id >= 0 else None for role, id in known.items()}
+    in_config = dict(ids)
     if ids["pad_token_id"] is None:
-        # Batches are padded with it and it is masked out.
+        # Batches are padded with it and it is masked out. A LlamaModel would also keep the row of
+        # its config's pad id from being trained, which this one is.
         ids["pad_token_id"] = ids["eos_token_id"]
+        in_config["pad_token_id"] = ids["eos_token_id"] if config.model.is_ttt else None
     projection = next(name for name in parameter_shapes(config.model) if "linear_fc1" in name)
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048
     tree = {
         **official_from_model(config.model),
         "max_position_embeddings": official.get("max_position_embeddings", trained),
-        **ids,
+        **in_config,
         "torch_dtype": str(stored).removeprefix("torch."),
     }
     _write_json(folder / "config.json", tree)

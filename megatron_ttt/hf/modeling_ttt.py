@@ -9,6 +9,7 @@ state at the start of a mini-batch, gW, gb the gradients summed since, x the key
 """
 
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -75,9 +76,10 @@ class TTTCache:
         """Keep the rows that `beam_idx` names, in its order."""
         self.position_B = self.position_B[beam_idx.cpu()]
         for layer in self.layers:
-            layer.state = tuple(t[beam_idx] for t in layer.state)
-            layer.sums = tuple(t[beam_idx] for t in layer.sums)
-            layer.tails = {name: t[beam_idx] for name, t in layer.tails.items()}
+            # Layers may lie on several devices.
+            layer.state = tuple(t[beam_idx.to(t.device)] for t in layer.state)
+            layer.sums = tuple(t[beam_idx.to(t.device)] for t in layer.sums)
+            layer.tails = {name: t[beam_idx.to(t.device)] for name, t in layer.tails.items()}
 
     batch_select_indices = reorder_cache
 
@@ -284,6 +286,17 @@ class TTTPreConv(nn.Module):
         return h_BLD + causal_conv(self.conv, x, tail)
 
 
+def without_autocast(method):
+    """Autocast would compute in bfloat16 what is to be computed in float32 at least."""
+
+    @wraps(method)
+    def call(self, x: Tensor, *others):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *others)
+
+    return call
+
+
 class TTTMixer(nn.Module):
     """The sequence mixer, whose hidden state is a model trained while the sequence is read."""
 
@@ -347,6 +360,7 @@ class TTTMixer(nn.Module):
         angle = position[:, None, :, None] * self.config.rope_theta**-exponent
         return tuple(x.to(like.device, wide(like.dtype)) for x in (angle.cos(), angle.sin()))
 
+    @without_autocast
     def _inner_learning_rate(self, x_BLD: Tensor) -> Tensor:
         """lam [B, H, L]: base * sigmoid(x . w + c) / F, in at least float32."""
         dtype = wide(x_BLD.dtype)
@@ -361,6 +375,7 @@ class TTTMixer(nn.Module):
         index = torch.arange(1, len(delta) + 1, dtype=torch.float32, device=delta.device)
         return torch.clamp_min(index.reciprocal().to(dtype) + delta.to(dtype), 0.0)
 
+    @without_autocast
     def _scan(self, q, k, v, lam, span: Span, cache: LayerCache | None) -> Tensor:
         """The outputs [B, H, L, F]; the cache moves on."""
         dtype = wide(torch.promote_types(q.dtype, self.W1.dtype))

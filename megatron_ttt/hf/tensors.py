@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,6 +131,9 @@ class _Into(LoadPlanner):
     create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
 
 
+_DAMAGE = (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError)
+
+
 class OfficialTensors:
     """The tensors of an official directory: *.safetensors, else pytorch_model*.bin."""
 
@@ -143,14 +148,18 @@ class OfficialTensors:
                     self._files |= dict.fromkeys(opened.keys(), file)
             if not files:
                 for file in sorted(folder.glob("pytorch_model*.bin")):
-                    self._bins |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+                    mapped = zipfile.is_zipfile(file)  # torch.save's older format is not
+                    self._bins |= torch.load(file, "cpu", weights_only=True, mmap=mapped)
+        except (*_DAMAGE, TypeError) as error:
             raise UserError(f"{file} is damaged: {_first_line(error)}") from None
         if not self._files and not self._bins:
             raise UserError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
         index = folder / "model.safetensors.index.json"
         if self._files and index.exists():
-            listed = set(json.loads(index.read_text())["weight_map"].values())
+            try:
+                listed = set(json.loads(index.read_text())["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is damaged: {_first_line(error)}") from None
             if missing := sorted(listed - {file.name for file in files}):
                 raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
 

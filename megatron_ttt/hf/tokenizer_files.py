@@ -18,6 +18,8 @@ from megatron_ttt.errors import UserError
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _USER_DEFINED = 1, 4
+_OWN = 16
+"""So many of a model's own pieces are looked at; it may have hundreds, of one kind."""
 _SAMPLES = (
     "Hello world, this is a test.",
     "  two spaces  inside   and at the end  ",
@@ -38,7 +40,7 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     """
     sentencepiece = SentencePieceTokenizer(source)
     tokenizer, special = convert(source)
-    for text in _SAMPLES:
+    for text in (*_SAMPLES, *_samples_of_own_pieces(sentencepiece)):
         ids = sentencepiece.encode(text)
         if (got := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
             raise UserError(
@@ -117,6 +119,17 @@ def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
             special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
     return tokenizer, special
+
+
+def _samples_of_own_pieces(sentencepiece: SentencePieceTokenizer) -> list[str]:
+    """With pieces that its trainer was told to keep whole, at every place in a text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(sentencepiece.model_path.read_bytes())
+    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    texts = ("x{}y", "{}x", "x {} y", "x{}", "x\n{} y")
+    return [text.format(piece.replace("▁", " ")) for piece in own[:_OWN] for text in texts]
 
 
 def _merges(proto) -> list[tuple[str, str]]:

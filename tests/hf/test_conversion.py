@@ -150,6 +150,8 @@ def test_the_transformer_baseline_is_a_llama(layout, layouts, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert type(model).__name__ == "LlamaForCausalLM"
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)
+    # Transformers would not train the row of a pad id.
+    assert model.generation_config.pad_token_id == 2 and model.model.padding_idx is None
     import_directory(tmp_path / "hf", tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "hf2")
     assert same(weights(tmp_path / "hf2"), exported)
@@ -182,6 +184,9 @@ def test_mixed_dtypes_bin_files_heads_and_shards(tmp_path):
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf", shard_bytes=50_000)
     assert len(list((tmp_path / "hf").glob("model-0*.safetensors"))) > 3
     assert same(weights(tmp_path / "hf"), parameters)
+    old = {"_use_new_zipfile_serialization": False}
+    torch.save({**parameters, **head}, folder / "pytorch_model.bin", **old)
+    import_directory(folder, tmp_path / "from the old format")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -267,6 +272,16 @@ def test_bad_imports(tmp_path):
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     refused("damaged", import_directory, cut, output)
+    index = cut / "model.safetensors.index.json"
+    (cut / "model.safetensors").write_bytes(whole)
+    for content in ("{", "{}", "[]"):
+        index.write_text(content)
+        refused(r"index\.json is damaged", import_directory, cut, output)
+    index.unlink()
+    (cut / "model.safetensors").unlink()
+    for content in ([parameters], torch.nn.Linear(1, 1)):
+        torch.save(content, cut / "pytorch_model.bin")
+        refused(r"pytorch_model\.bin is damaged", import_directory, cut, output)
     (cut / "config.json").write_text("{")
     refused("cannot read .*config.json", import_directory, cut, output)
     good = source()

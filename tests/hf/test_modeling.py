@@ -182,6 +182,31 @@ def test_sampling_and_beams_with_and_without_the_cache():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_autocast_leaves_the_inner_loop_alone(kind, either_scan, monkeypatch):
+    """As under `Trainer(bf16=True)`: what the scan is given is rounded, the scan is not."""
+    model = build(*random_official(kind, "mamba", layers=1), dtype=torch.float32)
+    scan, seen = modeling_ttt.TTTMixer._scan, []
+
+    def record(self, *arguments):
+        seen.append((self, arguments, scan(self, *arguments)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(modeling_ttt.TTTMixer, "_scan", record)
+    ids = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        for cached in (False, True):
+            model(ids, use_cache=cached)
+    for mixer, (*tokens, cache), output in seen:
+        assert tokens[3].dtype == torch.float32
+        assert torch.equal(output, scan(mixer, *tokens, cache and modeling_ttt.LayerCache()))
+    x = torch.randn(2, 40, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = seen[0][0]._inner_learning_rate(x)
+    assert torch.equal(under, seen[0][0]._inner_learning_rate(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_decoding_costs_the_same_at_position_10000(kind):
     model = build(*random_official(kind, "mamba", layers=2), dtype=torch.float32)
     ids = torch.randint(0, 96, (1, 10_000), generator=torch.Generator().manual_seed(0))

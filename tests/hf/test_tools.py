@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from harness import ROOT, Job, random_official, run, torchrun, write_official
 
@@ -14,6 +15,7 @@ from megatron_ttt.data.tokenizer import SentencePieceTokenizer
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.exporter import export_checkpoint
 from megatron_ttt.hf.importer import import_directory
+from megatron_ttt.hf.tokenizer_files import write_tokenizer
 
 TEXT = "the inner model learns at test time, while café 北京 reads 2026 \n\t its weights [x] "
 TEXTS = [
@@ -166,6 +168,47 @@ def test_evaluation_is_the_same_from_either_side(models, spm, tmp_path):
     pp2 = json.loads((tmp_path / "pp2.json").read_text())
     assert pp2["loss_by_position"] == pytest.approx(ours["loss_by_position"], rel=1e-6)
     assert pp2["loss"] == pytest.approx(ours["loss"], rel=1e-6)
+    command = [sys.executable, "tools/evaluate.py", *source, *options]
+    output = run([*command, "--json", tmp_path / "no/x.json"], expect=2)
+    assert "no is no folder" in output
+    layout = ["parallel.pipeline_model_parallel_size=2"]
+    layout += ["parallel.virtual_pipeline_model_parallel_size=2"]
+    assert "speeds up training alone: leave it out" in run([*command, *layout], expect=2)
+    np.save(tmp_path / "odd.npy", np.ones((1, 37), np.int64))
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    layout += ["--input-ids", tmp_path / "odd.npy", "--save-logits", tmp_path / "logits.npy"]
+    with pytest.raises(AssertionError, match=r"set parallel\.sequence_parallel=false"):
+        torchrun(2, ROOT / "tools/evaluate.py", *source, "run.device=cpu", *layout)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_of_a_model_s_own_are_reproduced_or_refused(kind, prefix, tmp_path):
+    """`tokenizers` cuts a text at them first, and would put a space before what comes behind."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 50),
+        model_prefix=str(tmp_path / "own"),
+        model_type=kind,
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        user_defined_symbols=["<sep>"],
+        minloglevel=2,
+    )
+    if prefix:
+        with pytest.raises(UserError, match=r"cannot be written for AutoTokenizer: .*<sep>"):
+            write_tokenizer(tmp_path / "own.model", tmp_path, 48)
+        return
+    write_tokenizer(tmp_path / "own.model", tmp_path, 48)
+    ours = SentencePieceTokenizer(tmp_path / "own.model")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (TEXT, "a <sep>b<sep> c", "<sep>"):
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +218,7 @@ def test_evaluation_is_the_same_from_either_side(models, spm, tmp_path):
         (["--checkpoint", "{0}/checkpoint", "--prompt", "x"], "data.tokenizer_model"),
         (["--checkpoint", "{0}/hf", "--prompt", "x"], "state.json"),
         (["--hf", "{0}/hf", "--prompt", "x", "--top-p", "0"], "--top-p"),
+        (["--hf", "{0}/hf", "--prompt", "x", "--json", "{0}/no/x.json"], "no is no folder"),
     ],
 )
 def test_bad_input_to_generate_is_one_line(arguments, named, models):
