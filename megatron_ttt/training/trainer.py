@@ -159,6 +159,13 @@ class Trainer:
                 f"{checkpoint.path} was trained with training.global_batch_size={there}; going on "
                 f"with {here} would repeat or skip data"
             )
+        for section, key in (("run", "seed"), ("training", "seq_length")):
+            there, here = checkpoint.config[section][key], to_dict(self.config)[section][key]
+            if there != here:
+                say(
+                    f"Warning: {checkpoint.path} was trained with {section}.{key}={there}, not "
+                    f"{here}: what it was trained on may come again, other text never"
+                )
         if checkpoint.step > self.config.training.steps:
             raise UserError(
                 f"{checkpoint.path} is past training.steps={self.config.training.steps}: raise it"
