@@ -222,3 +222,11 @@ def test_an_export_has_its_name_as_soon_as_it_is_done(whole_run, tmp_path):
     assert lines[0] == f"Exported {tmp_path}/a" and lines[2] == f"Exported {tmp_path}/c"
     assert lines[1].startswith(f"NOT exported: {tmp_path}/b: error: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".export-b.log", "a", "c"]
+    exports.add(whole_run / "checkpoint-6", tmp_path / "d")
+    exports.add(whole_run / "checkpoint-6", tmp_path / "e")
+    exports.advance()
+    exports.abandon()
+    while exports.busy:
+        time.sleep(0.05)
+        lines += exports.advance()
+    assert len(lines) == 4 and lines[3].startswith(f"NOT exported: {tmp_path}/d: ")

@@ -44,6 +44,12 @@ class BackgroundExports:
             self._running = _begin(*self._waiting.popleft())
         return lines
 
+    def abandon(self) -> None:
+        """Leave undone what is not done."""
+        self._waiting.clear()
+        if self._running is not None:
+            self._running.process.terminate()
+
     @property
     def busy(self) -> bool:
         """Whether one is running or waits."""

@@ -160,6 +160,10 @@ class Saver:
         except OSError as error:
             say(f"Warning: an export failed: {error}")
 
+    def abandon_exports(self) -> None:
+        """Whoever stops a run gives it little time; the next one exports what is missing."""
+        self.exports.abandon()
+
     def wait_for_exports(self) -> None:
         """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
         running = torch.ones((), dtype=torch.int32, device=self.device)

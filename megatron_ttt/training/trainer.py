@@ -206,7 +206,10 @@ class Trainer:
         """
         with self._open_log() or nullcontext() as log:
             reason = self._run_steps(log)
-        self.saver.wait_for_exports()
+        if reason is None:
+            self.saver.wait_for_exports()
+        else:
+            self.saver.abandon_exports()
         if self.saver.failure is not None:
             raise TrainingError(
                 f"the last checkpoint, of step {self.step}, was not saved ({self.saver.failure}): "
