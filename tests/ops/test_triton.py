@@ -111,7 +111,8 @@ def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least,
     from megatron_ttt.ops.triton import scan
 
     for there in (99, 163, 227):  # an RTX 4090, an A100, an H100
-        monkeypatch.setattr(scan, "shared_kib", lambda there=there: there)
+        monkeypatch.setattr(scan, "shared_kib", lambda device, there=there: there)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         reason = ops.why_not_triton(kind, F, K, dtype, torch.float32, "cuda")
         assert (reason is None) == (there >= least), reason
         assert reason is None or f"KiB of shared memory, this GPU has {there}" in reason
@@ -120,7 +121,8 @@ def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least,
 def test_auto_takes_the_kernels_on_cuda(monkeypatch):
     from megatron_ttt.ops.triton import scan
 
-    monkeypatch.setattr(scan, "shared_kib", lambda: 163)
+    monkeypatch.setattr(scan, "shared_kib", lambda device: 163)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
     on_cuda = like_on_cuda(tensors[0])
     assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "triton"
