@@ -128,6 +128,9 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
     Raises `UserError` where a shard is missing, and with `on_error` "fail" where one was skipped.
     """
     workspace = Workspace(os.path.abspath(output_prefix))
+    nothing = UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
+    if not workspace.folder.is_dir() and workspace.load_final() is None:
+        raise nothing
     with _stop_on_signals(), workspace.locked():
         plan, final = workspace.load_plan(), workspace.load_final()
         if plan is not None:
@@ -136,7 +139,7 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
         elif final is not None:
             print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
         else:
-            raise UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
+            raise nothing
         return _summary(final)
 
 

@@ -58,7 +58,7 @@ class BackgroundExports:
 
 def remove_unfinished(run_dir: Path) -> None:
     """Remove what a killed run was exporting. Its exporter may still be at it: it then fails."""
-    for pattern in (".exported-*", ".unverified-*"):
+    for pattern in (".exported-*", ".unverified-.exported-*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -40,7 +40,7 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     """
     sentencepiece = SentencePieceTokenizer(source)
     tokenizer, special = convert(source)
-    for text in (*_SAMPLES, *_samples_of_own_pieces(sentencepiece)):
+    for text in (*_SAMPLES, *_samples_of_own_pieces(_read(source))):
         ids = sentencepiece.encode(text)
         if (got := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
             raise UserError(
@@ -61,10 +61,7 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
 
 def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The `tokenizers` tokenizer of a SentencePiece model, and its special tokens by role."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(source.read_bytes())
+    proto = _read(source)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [piece.piece for piece in proto.pieces]
     if trainer.model_type == _BPE:
@@ -121,12 +118,17 @@ def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
     return tokenizer, special
 
 
-def _samples_of_own_pieces(sentencepiece: SentencePieceTokenizer) -> list[str]:
-    """With pieces that its trainer was told to keep whole, at every place in a text."""
+def _read(source: Path):
+    """The model as sentencepiece_model.proto describes it."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(sentencepiece.model_path.read_bytes())
+    proto.ParseFromString(source.read_bytes())
+    return proto
+
+
+def _samples_of_own_pieces(proto) -> list[str]:
+    """With pieces that its trainer was told to keep whole, at every place in a text."""
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     texts = ("x{}y", "{}x", "x {} y", "x{}", "x\n{} y")
     return [text.format(piece.replace("▁", " ")) for piece in own[:_OWN] for text in texts]
