@@ -16,7 +16,7 @@ from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.layers.parameters import global_shape, initialise, normal
 from megatron_ttt.layers.specs import block_submodules
-from megatron_ttt.ops import why_not_triton
+from megatron_ttt.ops import Facts, why_not_triton
 from megatron_ttt.platform import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,14 +33,15 @@ def core_config(
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
     if model.is_ttt and training.scan_backend == "triton":
-        reason = why_not_triton(
-            model.layer.removeprefix("ttt_"),
-            model.head_dim,
-            model.mini_batch_size,
-            dtype,
-            torch.promote_types(dtype, torch.float32),
-            platform.device.type,
+        scan = Facts(
+            kind=model.layer.removeprefix("ttt_"),
+            head_dim=model.head_dim,
+            mini_batch_size=model.mini_batch_size,
+            dtype=dtype,
+            state_dtype=torch.promote_types(dtype, torch.float32),
+            device=platform.device.type,
         )
+        reason = why_not_triton(scan)
         if reason is not None:
             raise UserError(
                 f"training.scan_backend=triton: the kernels cannot run here: {reason}; set "

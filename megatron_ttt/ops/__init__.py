@@ -9,6 +9,7 @@ and `wide_norm.py`; `fused.py` says where it runs in kernels.
 
 import warnings
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def ttt_scan(
     if backend == "auto":
         backend = choose(q_BHLF, tau_K, state)
     elif backend == "triton":
-        reason = why_not_triton(*facts(q_BHLF, tau_K, state))
+        reason = why_not_triton(facts(q_BHLF, tau_K, state))
         if reason is not None:
             raise ValueError(f"the Triton kernels cannot run this scan: {reason}")
     with torch.autocast(q_BHLF.device.type, enabled=False):
@@ -89,36 +90,38 @@ def choose(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str:
     """The fastest backend for these inputs."""
     if q_BHLF.device.type != "cuda":
         return "torch"
-    reason = why_not_triton(*facts(q_BHLF, tau_K, state))
+    reason = why_not_triton(facts(q_BHLF, tau_K, state))
     if reason is None:
         return "triton"
     say_once(f"ttt_scan runs in PyTorch, not in its Triton kernels: {reason}")
     return "torch"
 
 
-def facts(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]):
-    """Of a scan's inputs, what `why_not_triton` asks for."""
-    kind = "linear" if len(state) == 2 else "mlp"
-    return kind, q_BHLF.shape[-1], len(tau_K), q_BHLF.dtype, state[0].dtype, q_BHLF.device.type
+class Facts(NamedTuple):
+    """Of a scan, what decides whether the kernels can run it. kind: "linear" or "mlp"; dtype: of q,
+    k and v; device: its kind, such as "cuda"."""
+
+    kind: str
+    head_dim: int
+    mini_batch_size: int
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    device: str
 
 
-def why_not_triton(
-    kind: str,
-    head_dim: int,
-    mini_batch_size: int,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: str,
-) -> str | None:
-    """What keeps the kernels from a scan; None if nothing does.
+def facts(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> Facts:
+    """Of a scan's inputs."""
+    kind, q = "linear" if len(state) == 2 else "mlp", q_BHLF
+    return Facts(kind, q.shape[-1], len(tau_K), q.dtype, state[0].dtype, q.device.type)
 
-    kind: "linear" or "mlp". dtype: of q, k and v. device: its kind, such as "cuda".
-    """
+
+def why_not_triton(scan: Facts) -> str | None:
+    """What keeps the kernels from a scan; None if nothing does."""
     try:
         from megatron_ttt.ops.triton.scan import why_not
     except ModuleNotFoundError:
         return "triton is not installed"
-    return why_not(kind, head_dim, mini_batch_size, dtype, state_dtype, device)
+    return why_not(*scan)
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,25 +30,31 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory):
     """A BPE model as the trainer's tokenizer makes it, and a unigram one; 300 pieces of bytes."""
+    folder = tmp_path_factory.mktemp("spm")
+    return {
+        kind: train(folder / kind, kind, split_digits=True, **AS_IT_IS)
+        for kind in ("bpe", "unigram")
+    }
+
+
+AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def train(prefix: Path, kind: str, vocab_size: int = 330, **options) -> Path:
+    """A SentencePiece model of TEXT: PREFIX.model."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("spm")
-    models = {}
-    for kind in ("bpe", "unigram"):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([TEXT] * 50),
-            model_prefix=str(folder / kind),
-            model_type=kind,
-            vocab_size=330,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            minloglevel=2,
-        )
-        models[kind] = folder / f"{kind}.model"
-    return models
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 50),
+        model_prefix=str(prefix),
+        model_type=kind,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return prefix.with_suffix(".model")
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +89,11 @@ def test_autotokenizer_gives_sentencepieces_ids(kind, spm, models, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(models, tmp_path):
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 50),
-        model_prefix=str(tmp_path / "large"),
-        model_type="bpe",
-        vocab_size=360,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    size = SentencePieceTokenizer(tmp_path / "large.model").vocab_size
+    large = train(tmp_path / "large", "bpe", vocab_size=360)
+    size = SentencePieceTokenizer(large).vocab_size
     assert size > 340
     with pytest.raises(UserError, match=f"{size} pieces"):
-        export_checkpoint(
-            models / "checkpoint", tmp_path / "hf", tokenizer_model=tmp_path / "large.model"
-        )
+        export_checkpoint(models / "checkpoint", tmp_path / "hf", tokenizer_model=large)
     assert not (tmp_path / "hf").exists()
 
 
@@ -185,27 +180,14 @@ def test_evaluation_is_the_same_from_either_side(models, spm, tmp_path):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_pieces_of_a_model_s_own_are_reproduced_or_refused(kind, prefix, tmp_path):
     """`tokenizers` cuts a text at them first, and would put a space before what comes behind."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 50),
-        model_prefix=str(tmp_path / "own"),
-        model_type=kind,
-        vocab_size=330,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        user_defined_symbols=["<sep>"],
-        minloglevel=2,
-    )
+    own = {"add_dummy_prefix": prefix, "user_defined_symbols": ["<sep>"]}
+    model = train(tmp_path / "own", kind, **own, **AS_IT_IS)
     if prefix:
         with pytest.raises(UserError, match=r"cannot be written for AutoTokenizer: .*<sep>"):
-            write_tokenizer(tmp_path / "own.model", tmp_path, 48)
+            write_tokenizer(model, tmp_path, 48)
         return
-    write_tokenizer(tmp_path / "own.model", tmp_path, 48)
-    ours = SentencePieceTokenizer(tmp_path / "own.model")
+    write_tokenizer(model, tmp_path, 48)
+    ours = SentencePieceTokenizer(model)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in (TEXT, "a <sep>b<sep> c", "<sep>"):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)

@@ -113,7 +113,7 @@ def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least,
     for there in (99, 163, 227):  # an RTX 4090, an A100, an H100
         monkeypatch.setattr(scan, "shared_kib", lambda device, there=there: there)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        reason = ops.why_not_triton(kind, F, K, dtype, torch.float32, "cuda")
+        reason = ops.why_not_triton(ops.Facts(kind, F, K, dtype, torch.float32, "cuda"))
         assert (reason is None) == (there >= least), reason
         assert reason is None or f"KiB of shared memory, this GPU has {there}" in reason
 

@@ -29,15 +29,8 @@ of it than an H100, where it always suffices. Compiled for sm_80 in bfloat16, in
 of three of those sizes sm_80 takes as much."""
 
 
-def why_not(
-    kind: str,
-    head_dim: int,
-    mini_batch_size: int,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: str,
-) -> str | None:
-    """What keeps the kernels from a scan; see `ops.why_not_triton`."""
+def why_not(kind, head_dim, mini_batch_size, dtype, state_dtype, device) -> str | None:
+    """What keeps the kernels from a scan; see `ops.Facts`."""
     if head_dim not in HEAD_DIM:
         return f"head_dim is {head_dim}: they take {HEAD_DIM[0]} to {HEAD_DIM[-1]}"
     if mini_batch_size not in MINI_BATCH:
