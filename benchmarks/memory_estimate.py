@@ -5,9 +5,10 @@
 
 For each recipe, a process of its own builds the trainer and takes three optimizer steps of one
 microbatch of random tokens, in the recipe's precision. Measured is its peak resident memory
-(ru_maxrss) less what was resident before the model was built; saving is not part of it. The
-sequences are shorter and fewer than the recipe's unless overrides say otherwise. Prints the table
-and writes benchmarks/results/memory_estimate.json.
+(ru_maxrss) less what was resident before the model was built and the code that came in since, which
+processes share and whose size is the CPU's affair; saving is not part of it. The sequences are
+shorter and fewer than the recipe's unless overrides say otherwise. Prints the table and writes
+benchmarks/results/memory_estimate.json.
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ def measure(recipe: str, overrides: list[str]) -> dict:
         ids = np.random.default_rng(0).integers(2, config.model.vocab_size, shape)
         np.save(batches, ids)
         platform = start(config)
-        before = resident_bytes()
+        before, code_before = resident_bytes()
         trainer = Trainer(config, platform)
         for step_ids in torch.from_numpy(ids):
             trainer.train_step([step_ids])
-    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    _, code = resident_bytes()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = peak - before - (code - code_before)
     memory = memory_per_rank(config, 1, on_cpu=True)
     estimated = sum(memory.values()) * 2**30
     return {
@@ -98,10 +101,10 @@ def measure(recipe: str, overrides: list[str]) -> dict:
     }
 
 
-def resident_bytes() -> int:
-    """What this process has resident now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_bytes() -> tuple[int, int]:
+    """What this process has resident now, and what of it are files' pages: code."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return int(resident) * resource.getpagesize(), int(shared) * resource.getpagesize()
 
 
 if __name__ == "__main__":

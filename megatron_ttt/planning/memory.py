@@ -23,8 +23,8 @@ stay with the process (mallopt(3), M_MMAP_THRESHOLD)."""
 HEAP_SLACK = 0.4
 """What glibc's heap has over the kept blocks in it. PyTorch asks for aligned blocks, which seldom
 fit where one of the same size was freed. Measured between 0.3 and 0.5 (docs/planning.md)."""
-LIBRARIES = 40 * 2**20
-"""Code and caches that the first step brings in on the CPU."""
+LIBRARIES = 10 * 2**20
+"""Libraries' caches after the first step on the CPU, without their code."""
 
 
 def memory_per_rank(config: Config, dp: int, *, on_cpu: bool) -> dict[str, float]:
@@ -105,11 +105,13 @@ def _activations(
 
     # At the end of the backward pass Gloo's reduce-scatter has copied the gradients, and the
     # embedding's gradient is there. Of all before only what is in the heap still counts.
-    ending = (4 * parameters, w * model.hidden_size * vocabulary)
-    end = sum(block for block in ending if block > MAPPED)
+    embedding = w * model.hidden_size * vocabulary
+    end = sum(block for block in (4 * parameters, embedding) if block > MAPPED)
     heap = inner_states + sum(block * count for block, count in kept if block <= MAPPED)
     mapped = activations + inner_states - heap
     freed = max(sum(block for block in loss if block <= MAPPED), backward)
+    if embedding <= MAPPED:  # larger than any hole: the head's gradient, then the embedding's own
+        freed += embedding * (2 if pp == 1 else 1)
     mapped_loss = sum(block for block in loss if block > MAPPED)
     return {
         "activations": activations,
