@@ -14,6 +14,7 @@ import faulthandler
 import gc
 import json
 import os
+from pathlib import Path
 
 from megatron_ttt.config import check_layout, load_config, to_yaml
 from megatron_ttt.errors import run_command
@@ -69,19 +70,22 @@ def main() -> int:
     import torch.distributed as dist
 
     from megatron_ttt.training.lost import Whereabouts, naming_lost_ranks
+    from megatron_ttt.training.run_lock import alone_in
     from megatron_ttt.training.trainer import Trainer, start
 
     at = Whereabouts()
     with naming_lost_ranks(at):
         platform = start(config)
-        trainer = Trainer(config, platform, stop, at)
-        # What stands now lives as long as the run: saves need not collect among it.
-        gc.freeze()
-        try:
-            stopped = trainer.train()
-        finally:
-            gc.unfreeze()
-        dist.barrier()
+        # While rank 0 waits for a run before to end, the others wait for rank 0.
+        with alone_in(Path(config.run.dir), 60 * config.run.timeout_minutes / 2):
+            trainer = Trainer(config, platform, stop, at)
+            # What stands now lives as long as the run: saves need not collect among it.
+            gc.freeze()
+            try:
+                stopped = trainer.train()
+            finally:
+                gc.unfreeze()
+            dist.barrier()
     dist.destroy_process_group()
     if stopped == LAUNCHER_WAS_KILLED:
         return 1  # which the launchers of other nodes try again
