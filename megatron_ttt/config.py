@@ -390,6 +390,14 @@ def validate(config: Config) -> None:
     _at_least("training.check_replicas_every", training.check_replicas_every, 0)
     _at_least("training.max_bad_steps", training.max_bad_steps, 1)
     _at_least("training.eval_batches", training.eval_batches, 1)
+    _at_least("run.timeout_minutes", config.run.timeout_minutes, 0.01)
+    for key, value, least in (
+        ("training.eval_every", training.eval_every, 0),
+        ("training.exit_after_minutes", training.exit_after_minutes, 0),
+        ("parallel.bucket_size", parallel.bucket_size, 1),
+    ):
+        if value is not None:
+            _at_least(key, value, least)
     _at_least("data.num_workers", config.data.num_workers, 0)
     if not 0 <= config.run.seed < 2**32:
         raise UserError(f"run.seed={config.run.seed} is out of range: set 0 to {2**32 - 1}")

@@ -87,12 +87,7 @@ class Evaluator:
             return chunk(next(batches), None, None, labels=labels), loss
 
         batch, length = input_ids.shape
-        parallel = self.config.parallel
-        if parallel.sequence_parallel and length % parallel.tensor_model_parallel_size:
-            raise UserError(
-                f"sequences of {length} tokens do not divide over "
-                f"{parallel.tensor_model_parallel_size} ranks: set parallel.sequence_parallel=false"
-            )
+        self._check_length(length)
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter([input_ids.to(self.device)]) for _ in chunks],
@@ -104,6 +99,23 @@ class Evaluator:
             forward_only=not backward,
             **options,
         )
+
+    def _check_length(self, length: int) -> None:
+        model, parallel = self.config.model, self.config.parallel
+        if not parallel.sequence_parallel:
+            return
+        tp = parallel.tensor_model_parallel_size
+        if length % tp:
+            raise UserError(
+                f"sequences of {length} tokens do not divide over {tp} ranks: set "
+                "parallel.sequence_parallel=false"
+            )
+        if model.is_mamba and length // tp < model.conv_kernel - 1:
+            raise UserError(
+                f"sequences of {length} tokens leave {length // tp} a rank, fewer than the "
+                f"{model.conv_kernel - 1} that the pre-conv looks back: set "
+                "parallel.sequence_parallel=false"
+            )
 
     def _whole(self, logits: Tensor) -> Tensor:
         """This rank's columns [B, L, V/TP] -> [B, L, V]."""

@@ -107,6 +107,10 @@ REFUSED = [
     ("model.init_std=-1", "model.init_std"),
     ("model.rope_theta=0", "model.rope_theta"),
     ("optimizer.lr=.inf", "optimizer.lr"),
+    ("run.timeout_minutes=.nan", "run.timeout_minutes"),
+    ("training.exit_after_minutes=.nan", "training.exit_after_minutes"),
+    ("training.eval_every=-3", "training.eval_every"),
+    ("parallel.bucket_size=0", "parallel.bucket_size"),
 ]
 
 

@@ -272,6 +272,24 @@ def test_a_single_bad_step_leaves_weights_and_moments(cpu_platform, recipe, tmp_
     assert not all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
+def test_a_gradient_that_is_not_finite_is_found_where_it_is(cpu_platform, recipe, tmp_path):
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.health import first_bad_place
+    from megatron_ttt.training.optimizer import step_optimizer
+    from megatron_ttt.training.trainer import Trainer
+
+    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu"]
+    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    assert trainer.config.optimizer.clip_grad > 0
+    trainer.train_step(next(trainer.data.train_batches(0, STEPS)))
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    trainer.chunks[0].get_parameter(name).main_grad[0] = float("nan")
+    _, skipped = step_optimizer(trainer.optimizer, torch.tensor(1.0))
+    assert skipped == 1
+    place = first_bad_place(trainer.chunks, lambda: None)
+    assert place == f"the gradient of layer 2 ({name})"
+
+
 @pytest.mark.parametrize("tensor_parallel", [2, 1])
 def test_a_replica_that_differs_is_found(tmp_path, tensor_parallel):
     layout = f"parallel.tensor_model_parallel_size={tensor_parallel}"

@@ -1,7 +1,8 @@
 """What is in a checkpoint, through megatron-core's dist_checkpointing, at any layout.
 
 Weights and optimizer state carry global names and shapes, and are cut anew by whoever reads them.
-Random states belong to a rank, and come back only where the layout is the one that wrote them.
+Random states belong to a rank, and come back only where the layout is the one that wrote them;
+those of the device only where it is of the same kind.
 """
 
 from __future__ import annotations
@@ -140,5 +141,7 @@ def _set_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    # Those of the device: a GPU's and the CPU's are of other sizes, and stay with their kind.
+    if state["cuda"].numel() == torch.cuda.get_rng_state().numel():
+        torch.cuda.set_rng_state(state["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

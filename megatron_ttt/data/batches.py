@@ -31,15 +31,19 @@ class Data:
 
     def train_batches(self, first_step: int, stop_step: int) -> Iterator[list[torch.Tensor]]:
         """This rank's microbatches, step by step: a list of int64 [micro_batch_size, L + 1]."""
-        return iter(self._loader(self.train, first_step, stop_step))
+        workers = self.config.data.num_workers
+        return iter(self._loader(self.train, first_step, stop_step, num_workers=workers))
 
     def validation_batches(self) -> list[torch.Tensor]:
         """This rank's microbatches of the whole validation; the same at every call."""
         if self.validation is None:
             return []
+        # All at once: it would wait for other processes to start, and train none the less.
         return next(iter(self._loader(self.validation, 0, 1, len(self.validation))))
 
-    def _loader(self, dataset, first_step, stop_step, batch_size=None) -> TokenLoader:
+    def _loader(
+        self, dataset, first_step, stop_step, batch_size=None, num_workers=0
+    ) -> TokenLoader:
         training = self.config.training
         return TokenLoader(
             dataset,
@@ -49,7 +53,7 @@ class Data:
             training.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
-            self.config.data.num_workers,
+            num_workers,
             pin_memory=dist.get_backend() == CUDA.backend,
         )
 

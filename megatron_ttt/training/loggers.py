@@ -115,7 +115,7 @@ def _bytes_until(path: Path, step: int) -> int:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             complete = line.endswith(b"\n") and json.loads(line)["step"] <= step
-        except ValueError:
+        except (ValueError, KeyError, TypeError):  # not a line of ours
             complete = False
         if not complete:
             break

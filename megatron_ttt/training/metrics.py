@@ -38,7 +38,8 @@ class MetricsLog:
         self.since, self.steps_since = time.perf_counter(), 0
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
-        """Record a training step; print every `training.log_every` of them."""
+        """Record a training step; print every `training.log_every` of them,
+        the first and the last."""
         self.steps_since += 1
         now = time.perf_counter()
         rate = self.steps_since * self.tokens_per_step / (now - self.since)
@@ -51,7 +52,7 @@ class MetricsLog:
         seconds_left = (self.last_step - step) * self.tokens_per_step / rate
         if self.live is not None:
             self.live.step(record, duration(seconds_left))
-        if step % self.log_every == 0 or step == 1:
+        if step % self.log_every == 0 or step in (1, self.last_step):
             if self.live is None:
                 say(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
             self.since, self.steps_since = time.perf_counter(), 0

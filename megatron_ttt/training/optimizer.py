@@ -154,17 +154,25 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     # One dtype a parameter group, or saving mixes the shards of bf16 and fp32 parameters up.
     overrides[ParamKey(attr="keep_fp32")] = ParamGroupOverride(fp32=True)
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
-    # megatron-core leaves this to its own scheduler, which is not used here.
-    for group in optimizer.param_groups:
-        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    set_options(optimizer, config)
     for inner in optimizer.chained_optimizers:
         if not HAVE_APEX_OR_TE:
             inner.__class__ = TorchAdamDistributedOptimizer
-            for group in inner.optimizer.param_groups:
-                group["fused"] = True
             inner.create_state()
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def set_options(optimizer, config: Config) -> None:
+    """Give every parameter group what the configuration says: megatron-core leaves the decay to its
+    own scheduler, which is not used here, and loading brings what held when the checkpoint was
+    written."""
+    options = config.optimizer
+    for group in optimizer.param_groups:
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+        group["betas"], group["eps"] = (options.beta1, options.beta2), options.eps
+        if not HAVE_APEX_OR_TE:
+            group["fused"] = True
 
 
 @torch.no_grad()
@@ -183,7 +191,7 @@ def step_optimizer(optimizer, loss: Tensor) -> tuple[Tensor, Tensor]:
     if HAVE_APEX_OR_TE and skipped.item():
         return norm, skipped
     for inner in optimizer.chained_optimizers:
-        _clip(inner, norm)
+        _clip(inner, norm, skipped)
         inner.optimizer.found_inf = skipped
     optimizer.step_with_ready_grads()
     return norm, skipped
@@ -203,15 +211,17 @@ def gradient_norm(optimizer) -> Tensor:
     return square.double().sqrt()
 
 
-def _clip(inner: DistributedOptimizer, norm: Tensor) -> None:
+def _clip(inner: DistributedOptimizer, norm: Tensor, skipped: Tensor) -> None:
     """Scale the gradients of one optimizer down to its `clip_grad`, by a factor on the device.
 
-    That is 1 where nothing is clipped, and whatever it likes where norm is not finite.
+    That is 1 where nothing is clipped, and where the step is left out: the gradients then tell
+    where the first bad number is.
     """
     limit = inner.config.clip_grad
     gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
     if gradients and limit > 0:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp_max(1.0).float())
+        factor = (limit / (norm + 1e-6)).clamp_max(1.0).float()
+        torch._foreach_mul_(gradients, torch.where(skipped > 0, 1.0, factor))
 
 
 def set_learning_rate(optimizer, learning_rate: float) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_ttt.errors import UserError
 from megatron_ttt.training.loggers import say
 
-LOCK_FILE = ".lock"
+LOCK_FILE = "lock"
 POLL_SECONDS = 0.5
 _HELD = (errno.EACCES, errno.EAGAIN)
 

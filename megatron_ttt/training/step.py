@@ -64,9 +64,11 @@ def run_batches(
     )
     loss = torch.zeros((), device=device)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        loss = torch.stack([result["loss"] for result in results]).mean().float()
-        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-        loss /= parallel_state.get_data_parallel_world_size()
+        # In float64: each tensor-parallel rank has a data-parallel group of its own, which may add
+        # in another order, and all ranks decide by this number.
+        mean = torch.stack([result["loss"] for result in results]).double().mean()
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
+        loss = (mean / parallel_state.get_data_parallel_world_size()).float()
     dist.broadcast(
         loss,
         parallel_state.get_pipeline_model_parallel_last_rank(),

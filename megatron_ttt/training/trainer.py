@@ -42,6 +42,7 @@ from megatron_ttt.training.optimizer import (
     build_optimizer,
     gather_parameters,
     set_learning_rate,
+    set_options,
     step_optimizer,
     wrap_chunks,
 )
@@ -134,6 +135,7 @@ class Trainer:
                 checkpoint = named
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"], say)
+            self._check_parameter_groups(checkpoint)
             self._check_data_position(checkpoint)
             if self._is_own(checkpoint):
                 check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
@@ -148,6 +150,15 @@ class Trainer:
         load = self.config.checkpoint.load
         since = newest.step > named.step and newest.config["checkpoint"].get("load") == load
         return self._is_own(named) and not since
+
+    def _check_parameter_groups(self, checkpoint: Checkpoint) -> None:
+        here = self.config.optimizer.decay_all
+        there = checkpoint.config["optimizer"]["decay_all"]
+        if checkpoint.state["has_optimizer"] and there != here:
+            raise UserError(
+                f"{checkpoint.path} holds the optimizer of optimizer.decay_all={str(there).lower()}"
+                ": set that, or export and import the weights to start anew with them"
+            )
 
     def _check_data_position(self, checkpoint: Checkpoint) -> None:
         here = self.config.training.global_batch_size
@@ -175,6 +186,7 @@ class Trainer:
         checkpoint = self.resume_from
         if checkpoint.state["has_optimizer"]:
             load_checkpoint(checkpoint, self.config, self.chunks, self.optimizer)
+            set_options(self.optimizer, self.config)
             self.watch.check_loaded(checkpoint)
             self.step = checkpoint.step
             self.skipped_steps = checkpoint.state.get("skipped_steps", 0)

@@ -169,11 +169,17 @@ def test_evaluation_is_the_same_from_either_side(models, spm, tmp_path):
     layout = ["parallel.pipeline_model_parallel_size=2"]
     layout += ["parallel.virtual_pipeline_model_parallel_size=2"]
     assert "speeds up training alone: leave it out" in run([*command, *layout], expect=2)
-    np.save(tmp_path / "odd.npy", np.ones((1, 37), np.int64))
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-    layout += ["--input-ids", tmp_path / "odd.npy", "--save-logits", tmp_path / "logits.npy"]
-    with pytest.raises(AssertionError, match=r"set parallel\.sequence_parallel=false"):
-        torchrun(2, ROOT / "tools/evaluate.py", *source, "run.device=cpu", *layout)
+    layout += ["--input-ids", tmp_path / "ids.npy", "--save-logits", tmp_path / "logits.npy"]
+    for length, why in (
+        (37, "do not divide over 2 ranks"),
+        (4, "leave 2 a rank, fewer than the 3"),
+    ):
+        np.save(tmp_path / "ids.npy", np.ones((1, length), np.int64))
+        with pytest.raises(
+            AssertionError, match=rf"{why}.*set\s+parallel\.sequence_parallel=false"
+        ):
+            torchrun(2, ROOT / "tools/evaluate.py", *source, "run.device=cpu", *layout)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
