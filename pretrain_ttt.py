@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from megatron_ttt.config import check_layout, load_config, to_yaml
-from megatron_ttt.errors import run_command
+from megatron_ttt.errors import UserError, run_command
 from megatron_ttt.training.stopping import EXIT_STOPPED, LAUNCHER_WAS_KILLED, StopRequests
 
 
@@ -62,6 +62,10 @@ def main() -> int:
         print(json.dumps(plan))
         return 0
 
+    plans = ("world_size", "gpu", "mfu", "memory")
+    if given := [name for name in plans if getattr(arguments, name) is not None]:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"{options} plan a run and train none: add --dry-run, or leave them out")
     # A process that crashes in native code says in which line of Python.
     faulthandler.enable()
     # Before the slow imports: a layout that cannot be is refused at once, a signal is heeded.

@@ -305,9 +305,26 @@ def _refusing(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {_one_line(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{source}: an alias stands within what it stands for") from None
     except (TypeError, ValueError) as error:
         # OmegaConf's, of a mapping where a list belongs; YAML's, of a date that there is not
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two sections of one name the first would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag != "tag:yaml.org,2002:merge" and key in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key} stands twice", problem_mark=key_node.start_mark
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
@@ -321,7 +338,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not YAML: it is no text") from None
     with _refusing(str(path)):
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -399,6 +416,10 @@ def validate(config: Config) -> None:
         if value is not None:
             _at_least(key, value, least)
     _at_least("data.num_workers", config.data.num_workers, 0)
+    for name in ("train", "validation"):
+        for entry in getattr(config.data, name):
+            if not isinstance(entry, str):
+                raise UserError(f"data.{name} holds {entry}: list prefixes and their weights alone")
     if not 0 <= config.run.seed < 2**32:
         raise UserError(f"run.seed={config.run.seed} is out of range: set 0 to {2**32 - 1}")
     optimizer = config.optimizer

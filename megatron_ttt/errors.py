@@ -51,3 +51,13 @@ def refuse_missing_folders(*outputs: Path | None) -> None:
     for output in filter(None, outputs):
         if not output.absolute().parent.is_dir():
             raise UserError(f"{output} cannot be written: {output.parent} is no folder")
+        if output.is_dir():
+            raise UserError(f"{output} cannot be written: it is a folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there; `UserError` where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None

@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_ttt.checkpoint.state import load_weights
-from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.checkpoint.store import open_checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
@@ -48,7 +48,8 @@ class Evaluator:
     def __init__(self, config: Config, platform, checkpoint: str, dtype: torch.dtype | None):
         self.config, self.device = config, platform.device
         self.chunks = build_chunks(config, core_config(config, platform, dtype))
-        load_weights(open_checkpoint(checkpoint), self.chunks)
+        read = open_whole_checkpoint if dist.get_rank() == 0 else open_checkpoint
+        load_weights(read(checkpoint), self.chunks)
         for chunk in self.chunks:
             chunk.eval()
 

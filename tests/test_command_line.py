@@ -151,6 +151,7 @@ def test_refuses_what_cannot_be_trained(data, whole_run, tmp_path):
         f"data.train={truncated}": "truncated",
         "model.vocab_size=340": "tokenizer",
         f"checkpoint.load={tmp_path}/nothing": "nothing",
+        "--gpu=H100": "--gpu plan a run and train none",
         "training.scan_backend=triton": "they need a CUDA device, not cpu",
     }
     for override, named in cases.items():
@@ -207,6 +208,12 @@ def test_exports_that_are_missing_are_made_up_for(data, tmp_path):
         assert f"Exported {run_dir / name}" in output
         assert (run_dir / name / "model.safetensors").exists()
     assert "Exported" not in run([*command, *more])
+    # One of another checkpoint, as after training.steps was raised and the run killed at its end.
+    shutil.rmtree(run_dir / "final_model")
+    shutil.copytree(run_dir / "milestone-3-hf", run_dir / "final_model")
+    assert run([*command, *more]).count("Exported") == 1
+    weights = [run_dir / name / "model.safetensors" for name in ("final_model", "milestone-6-hf")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_an_export_has_its_name_as_soon_as_it_is_done(whole_run, tmp_path):

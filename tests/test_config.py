@@ -96,6 +96,7 @@ REFUSED = [
     ("model=3", "model"),
     ("data.train=[a,b", "data.train"),
     ("data.train=${foo}", "foo"),
+    ("data.train=[[a]]", "data.train"),
     ("data.train.a=x", "data.train"),
     ("run.dir=${oops}", "oops"),
     ("model.conv_kernel=1", "model.conv_kernel"),
@@ -130,6 +131,7 @@ def test_refuses_broken_recipes(tmp_path):
         *("model: [", "- a", "model: {x: 1}", "data: [1]", "\xff", "run: {dir: 2025-99-99}"),
         *("extends: recipe.yaml", "extends: gone.yaml", "extends: other/recipe.yaml"),
         *("extends:", "extends: 3", "extends: [1]"),
+        *("training: {steps: 3}\ntraining: {log_every: 5}", "model: &model {layer: *model}"),
     ):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError) as refusal:

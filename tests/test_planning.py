@@ -12,7 +12,7 @@ from megatron_ttt.config import check_layout, load_config
 from megatron_ttt.errors import UserError
 from megatron_ttt.planning import dry_run, memory_per_rank
 from megatron_ttt.planning.communication import bytes_per_step
-from megatron_ttt.planning.cost import DEVICES, checkpoint_bytes
+from megatron_ttt.planning.cost import DEVICES, checkpoint_bytes, find_device, peak_flops
 from megatron_ttt.planning.layouts import rank_layouts, step_seconds
 
 RECIPES = ROOT / "yaml_recipes"
@@ -35,6 +35,31 @@ def test_memory_estimate_is_the_measured_peak(layer, precision):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["precision"] == precision
     assert abs(result["error"]) < 0.15, result
+
+
+@pytest.mark.parametrize(
+    "name,known",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_devices_are_known_by_their_driver_s_names(name, known):
+    assert find_device(name) is DEVICES[known]
+    assert peak_flops(name) == DEVICES[known].flops
+
+
+def test_refuses_plans_of_nothing():
+    config = load_config([RECIPES / "ttt_linear_125m.yaml"])
+    assert peak_flops("a toaster") is None
+    for gpu, memory in (("", None), ("a toaster", None), ("H100", float("nan")), ("H100", -1.0)):
+        with pytest.raises(UserError, match=r"--(gpu|memory)"):
+            dry_run(config, 8, gpu=gpu, memory_gib=memory)
 
 
 @pytest.mark.parametrize("layer", ["ttt_linear", "attention"])

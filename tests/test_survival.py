@@ -21,6 +21,7 @@ from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.store import (
     check_architecture,
     find_newest,
+    link_milestone,
     list_checkpoints,
     prune,
 )
@@ -172,9 +173,30 @@ def test_the_checkpoint_tool(whole, tmp_path):
     output = run([*tool, "verify", run_dir / "checkpoint-6", run_dir / "checkpoint-8"], expect=2)
     assert "checkpoint-6: good" in output and "state.json has another checksum" in output
     assert "nothing was removed" in run([*tool, "prune", run_dir, "--keep", "1"], expect=2)
+    evaluate = [sys.executable, "tools/evaluate.py", "--checkpoint", run_dir / "checkpoint-8"]
+    assert "is damaged (state.json has another checksum)" in run(evaluate, expect=2)
+    state.write_text("[]")
+    assert "state.json is damaged" in run([*tool, "inspect", run_dir / "checkpoint-8"], expect=2)
+    assert "checkpoint-8: state.json cannot be read" in run([*tool, "list", run_dir])
+    (run_dir / "checkpoint-6/.metadata").unlink()
+    assert "no complete checkpoint" in run([*tool, "inspect", run_dir / "checkpoint-6"], expect=2)
     state.write_text(whole_text)
     run([*tool, "prune", run_dir, "--keep", "1"])
     assert steps(run_dir) == [8]
+
+
+def test_a_milestone_where_there_are_no_hard_links(whole, tmp_path, monkeypatch):
+    def no_links(path, other):
+        raise PermissionError(1, "Operation not permitted")
+
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
+    monkeypatch.setattr(os, "link", no_links)
+    link_milestone(tmp_path / "checkpoint-3", 3)
+    assert find_damage(tmp_path / "milestone-3") is None
+    monkeypatch.setattr(shutil, "copyfile", no_links)
+    with pytest.raises(OSError, match="Operation not permitted"):
+        link_milestone(tmp_path / "checkpoint-3", 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "milestone-3"]
 
 
 def test_killed_at_any_moment_it_is_the_same_run(tmp_path):
@@ -188,10 +210,11 @@ def test_killed_at_any_moment_it_is_the_same_run(tmp_path):
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    rest = {"config": {}, "has_optimizer": True}
     for step, loss in ((1, math.nan), (2, 3.0), (3, 4.0), (4, None), (5, 3.5)):
         path = tmp_path / f"checkpoint-{step}"
         path.mkdir()
-        (path / "state.json").write_text(json.dumps({"step": step, "val_loss": loss}))
+        (path / "state.json").write_text(json.dumps({"step": step, "val_loss": loss, **rest}))
     (tmp_path / "milestone-1").mkdir()
     gone = prune(tmp_path, keep=2)
     assert [path.name for path in gone] == ["checkpoint-1", "checkpoint-3"]

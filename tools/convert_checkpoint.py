@@ -59,6 +59,9 @@ def main() -> None:
     if arguments.verb == "export":
         from megatron_ttt.hf.exporter import export_checkpoint
 
+        if not 0 < arguments.max_shard_gb < float("inf"):  # NaN is not
+            raise UserError(f"--max-shard-gb {arguments.max_shard_gb}: give a number above 0")
+
         export_checkpoint(
             arguments.checkpoint,
             arguments.output,

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help=".json to write: text, ids, tokens per second")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
-    refuse_missing_folders(arguments.json)
+    refuse_missing_folders(arguments.json, arguments.save_ids)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: give 1 or more")
     if not 0 < arguments.top_p <= 1 or arguments.temperature <= 0 or arguments.top_k < 0:
@@ -126,7 +126,7 @@ class Writer:
         import torch
 
         from megatron_ttt import platform as platforms
-        from megatron_ttt.checkpoint.store import open_checkpoint
+        from megatron_ttt.checkpoint.store import open_whole_checkpoint
         from megatron_ttt.hf.loading import load_checkpoint, load_directory
 
         self.arguments = arguments
@@ -135,7 +135,8 @@ class Writer:
         if arguments.hf:
             network = load_directory(arguments.hf, dtype)
         else:
-            network = load_checkpoint(open_checkpoint(arguments.checkpoint), config.model, dtype)
+            whole = open_whole_checkpoint(arguments.checkpoint)
+            network = load_checkpoint(whole, config.model, dtype)
         self.network = network.to(self.device)
 
     def go_on(self, ids, tokenizer) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_ttt.config import Config, load_config
+from megatron_ttt.config import Config, check_layout, load_config
 from megatron_ttt.data.local_text import write_local_corpus
 from megatron_ttt.data.unigram import unigram_entropy
 from megatron_ttt.errors import UserError, run_command
@@ -37,8 +37,9 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for the training")
     overrides = parser.parse_args().overrides
-    shutil.rmtree(FOLDER, ignore_errors=True)
     config = load_config([RECIPE], overrides)
+    check_layout(config, config.parallel.model_parallel_size)
+    shutil.rmtree(FOLDER, ignore_errors=True)  # only now: a typo loses nothing
 
     prepare_data(config)
     middle = config.training.steps // 2

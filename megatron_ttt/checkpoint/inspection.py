@@ -13,6 +13,7 @@ from megatron_ttt.checkpoint.store import (
     list_checkpoints,
     open_checkpoint,
     prune,
+    read_metadata,
 )
 from megatron_ttt.errors import UserError
 
@@ -35,12 +36,11 @@ def listing(run_dir: Path) -> str:
 
 def description(path: Path) -> str:
     """What a checkpoint is of, from state.json and the tensors' metadata."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     checkpoint = open_checkpoint(path)
     state, model = checkpoint.state, checkpoint.config["model"]
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = read_metadata(path).state_dict_metadata
     numbers, dtypes = Counter(), Counter()
     for name, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):

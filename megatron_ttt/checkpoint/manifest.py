@@ -20,11 +20,12 @@ def folder_files(folder: Path) -> list[str]:
     return sorted(str(path) for path in files if str(path) != MANIFEST_FILE)
 
 
-def describe(path: Path) -> dict[str, int | str]:
-    """Size and SHA-256 of a file, after bringing its content to the disk."""
+def describe(path: Path, *, durably: bool = False) -> dict[str, int | str]:
+    """Size and SHA-256 of a file; durably: after bringing its content to the disk."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        if durably:
+            os.fsync(file.fileno())
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
@@ -47,7 +48,7 @@ def find_damage(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
     # A change that leaves it JSON of the same meaning is damage too.
-    if not isinstance(described, dict) or text != _text(described):
+    if text != _text(described) or not _describes_files(described):
         return f"{MANIFEST_FILE} is damaged"
     for name in described:
         if not (folder / name).is_file():
@@ -56,15 +57,21 @@ def find_damage(folder: Path) -> str | None:
         return f"{min(extra)} does not belong to it"
     for name, expected in described.items():
         path = folder / name
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
         try:
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes, not {expected['bytes']}"
             found = describe(path)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != expected:
             return f"{name} has another checksum"
     return None
+
+
+def _describes_files(described) -> bool:
+    return isinstance(described, dict) and all(
+        isinstance(file, dict) and "bytes" in file for file in described.values()
+    )
 
 
 def write_durably(path: Path, text: str) -> None:

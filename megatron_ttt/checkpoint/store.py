@@ -9,6 +9,7 @@ still is. `latest` names the newest, for people and scripts; the trainer looks f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ttt.checkpoint.manifest import (
+    MANIFEST_FILE,
     find_damage,
+    folder_files,
     fsync_directory,
     write_durably,
     write_manifest,
@@ -79,14 +82,37 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint folder's state. Raises UserError where there is no complete checkpoint."""
     path = Path(path)
     try:
-        return Checkpoint(path, json.loads((path / STATE_FILE).read_text()))
+        state = json.loads((path / STATE_FILE).read_text())
+        if {"step", "config", "has_optimizer"} <= set(state):
+            return Checkpoint(path, state)
     except OSError as error:
         raise UserError(
             f"no checkpoint at {path} ({STATE_FILE}: {error.strerror}): name a checkpoint-STEP "
             "folder"
         ) from None
-    except ValueError:
-        raise UserError(f"{path / STATE_FILE} is damaged: use another checkpoint") from None
+    except (ValueError, TypeError):
+        pass
+    raise UserError(f"{path / STATE_FILE} is damaged: use another checkpoint")
+
+
+def open_whole_checkpoint(path: str | Path) -> Checkpoint:
+    """As `open_checkpoint`; UserError too where it is no longer what was written."""
+    checkpoint = open_checkpoint(path)
+    if damage := find_damage(checkpoint.path):
+        raise UserError(f"{path} is damaged ({damage}): use another checkpoint")
+    return checkpoint
+
+
+def read_metadata(path: Path):
+    """torch's metadata of the tensors in a checkpoint. Raises UserError where it cannot be read."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        return FileSystemReader(path).read_metadata()
+    except Exception as error:  # unpickling a damaged file raises anything
+        raise UserError(
+            f"{path} is no complete checkpoint (.metadata: {error}): use another"
+        ) from None
 
 
 def find_newest(run_dir: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -178,14 +204,29 @@ def write_pointer(path: Path) -> None:
 
 
 def link_milestone(checkpoint: Path, step: int) -> None:
-    """Give a published checkpoint a second, lasting name, without a second copy of its files."""
+    """Give a published checkpoint a second, lasting name, without a second copy of its files where
+    the file system has hard links."""
     milestone = checkpoint.parent / milestone_name(step)
     temporary = temporary_path(milestone, "link")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, copy_function=os.link)
-    if milestone.exists():
-        _remove(milestone)  # of an earlier attempt, as in `publish`
-    os.rename(temporary, milestone)
+    try:
+        for name in (*folder_files(checkpoint), MANIFEST_FILE):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(checkpoint / name, temporary / name)
+        if milestone.exists():
+            _remove(milestone)  # of an earlier attempt, as in `publish`
+        os.rename(temporary, milestone)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        with open(other, "rb") as copy:
+            os.fsync(copy.fileno())
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
@@ -237,10 +278,8 @@ def _best(checkpoints: list[Path]) -> Path | None:
     """The checkpoint with the lowest validation loss; None if none has one."""
     losses = {}
     for path in checkpoints:
-        try:
-            losses[path] = json.loads((path / STATE_FILE).read_text()).get("val_loss")
-        except (OSError, ValueError):
-            continue
+        with contextlib.suppress(UserError):
+            losses[path] = open_checkpoint(path).state.get("val_loss")
     known = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
     return min(known, key=losses.get, default=None)
 

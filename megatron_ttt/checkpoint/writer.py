@@ -203,7 +203,7 @@ class CheckpointWriter:
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
                 write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
                 for name in set(folder_files(folder)) - set(described):
-                    described[name] = describe(folder / name)
+                    described[name] = describe(folder / name, durably=True)
                 publish(folder, self._path, described)
         held.together()
         self.failure = None
@@ -231,7 +231,7 @@ def _write_and_describe(
     if write is not None:
         write(*arguments, **options)
     with contextlib.suppress(OSError):  # `write` tells of files that are not there
-        described = {path.name: describe(path) for path in files}
+        described = {path.name: describe(path, durably=True) for path in files}
     results.put((described, seen))
 
 

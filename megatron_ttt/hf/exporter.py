@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ttt.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ttt.checkpoint.store import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
-from megatron_ttt.errors import UserError, run_command
+from megatron_ttt.errors import UserError, make_folder, run_command
 from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
 from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
 from megatron_ttt.hf.model_card import model_card
 from megatron_ttt.hf.safetensors_stream import write_safetensors
+from megatron_ttt.hf.source import write_source
 from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
 from megatron_ttt.hf.verification import verify
@@ -46,23 +47,25 @@ def export_checkpoint(
 
     tokenizer_model: a SentencePiece model; None takes data.tokenizer_model of the checkpoint, where
     that file still is. dtype: of all weights; None keeps each tensor's. Raises UserError, and
-    leaves nothing behind, where something does not fit or the two models differ.
+    leaves nothing behind, where the checkpoint is damaged, something does not fit or the two models
+    differ.
     """
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_whole_checkpoint(path)
     config = config_with_defaults(checkpoint.config, path)
     tensors = CheckpointTensors(checkpoint)
     tensors.check(parameter_shapes(config.model))
     tokenizer = _tokenizer(config, tokenizer_model)
     temporary = output.parent / f".unverified-{output.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         _write_weights(tensors, config.model, temporary, dtype, shard_bytes)
         _write_configuration(checkpoint, config, tensors, tokenizer, dtype, temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
+        write_source(temporary, path)
         verify(config.model, tensors.read, OfficialTensors(temporary).read, _cast(dtype))
         os.rename(temporary, output)
     finally:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.store import Checkpoint, read_metadata
 from megatron_ttt.errors import UserError
 
 # Constants that some writers store among the weights.
@@ -43,12 +43,7 @@ class CheckpointTensors:
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
         self._reader = FileSystemReader(self.path)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # unpickling a damaged file raises anything
-            raise UserError(
-                f"{self.path} is no complete checkpoint (.metadata: {error}): use another"
-            ) from None
+        metadata = read_metadata(self.path)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
             key: entry

@@ -20,12 +20,15 @@ class Device:
     link: float
 
 
-# Found by substring of the device's name, the first that fits.
+# The first of which every word stands in the device's name is that device.
 DEVICES = {
     "B200": Device(2250e12, 180, 900e9),
+    "GH200": Device(989e12, 96, 450e9),
     "H200": Device(989e12, 141, 450e9),
     "H100 PCIe": Device(756e12, 80, 64e9),
+    "H100 NVL": Device(835e12, 94, 300e9),
     "H100": Device(989e12, 80, 450e9),
+    "A100 40GB": Device(312e12, 40, 300e9),
     "A100": Device(312e12, 80, 300e9),
     "L40S": Device(362e12, 48, 32e9),
     "A6000": Device(155e12, 48, 32e9),
@@ -35,15 +38,22 @@ DEVICES = {
 
 def find_device(name: str) -> Device:
     """The device that `--gpu NAME` means. Raises UserError for an unknown one."""
-    for known, device in DEVICES.items():
-        if known.lower() in name.lower():
-            return device
-    raise UserError(f"--gpu {name} is unknown here: name one of {', '.join(DEVICES)}")
+    if (device := _device(name)) is None:
+        raise UserError(f"--gpu {name} is unknown here: name one of {', '.join(DEVICES)}")
+    return device
 
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak, FLOP/s; None where it is not known."""
-    return next((d.flops for name, d in DEVICES.items() if name in device_name), None)
+    device = _device(device_name)
+    return device and device.flops
+
+
+def _device(name: str) -> Device | None:
+    for known, device in DEVICES.items():
+        if all(word in name.lower() for word in known.lower().split()):
+            return device
+    return None
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from string import Template
 
+from megatron_ttt.errors import make_folder
 from megatron_ttt.report.figures import (
     THEMES,
     draw_inner,
@@ -98,7 +99,7 @@ def write_report(runs: list[Run], folder: Path) -> list[Path]:
         ),
         body="\n".join(sections),
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     files = {f"{name}.png": image["light"] for name, image in images.items()}
     files["report.html"] = page.encode()
     for name, content in files.items():

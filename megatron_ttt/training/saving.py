@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from megatron_ttt.checkpoint.writer import CheckpointWriter, Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
+from megatron_ttt.hf.source import is_export_of
 from megatron_ttt.training.loggers import say
 
 FINAL_MODEL = "final_model"
@@ -93,16 +96,23 @@ class Saver:
     def _published(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
         """What rank 0 does when a checkpoint has its name."""
         say(f"Saved {path} in {seconds:.1f}s")
-        try:
+        with self._warning(path):
             write_pointer(path)
-            if milestone:
+        if milestone:
+            with self._warning(path):
                 link_milestone(path, step)
+                self._export_milestone(self.run_dir / milestone_name(step))
+        with self._warning(path):
             prune(self.run_dir, self.config.checkpoint.keep, self._remove_behind)
+        self._export_final(path, step)
+
+    @contextlib.contextmanager
+    def _warning(self, path: Path) -> Iterator[None]:
+        """Go on where what follows a save cannot be done."""
+        try:
+            yield
         except OSError as error:
             say(f"Warning: {path} is good, but what follows a save failed: {error}")
-        if milestone:
-            self._export_milestone(self.run_dir / milestone_name(step))
-        self._export_final(path, step)
 
     def _remove_behind(self, path: Path) -> None:
         """Remove a folder while training goes on: gigabytes take a while. The process does not end
@@ -137,9 +147,10 @@ class Saver:
     def export_what_is_missing(self, path: Path, step: int) -> None:
         """On rank 0: the exports of a run that ended, at `step`, before they were done."""
         for listed in list_checkpoints(self.run_dir):
-            if listed.kind == "milestone" and not _export_of(listed.path).exists():
+            of_milestone = listed.kind == "milestone"
+            if of_milestone and not is_export_of(_export_of(listed.path), listed.path):
                 self._export_milestone(listed.path)
-        if not (self.run_dir / FINAL_MODEL).exists():
+        if not is_export_of(self.run_dir / FINAL_MODEL, path):
             self._export_final(path, step)
 
     def _export_milestone(self, path: Path) -> None:

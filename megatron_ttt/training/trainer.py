@@ -152,9 +152,10 @@ class Trainer:
         return self._is_own(named) and not since
 
     def _check_parameter_groups(self, checkpoint: Checkpoint) -> None:
-        here = self.config.optimizer.decay_all
+        if not checkpoint.state["has_optimizer"]:
+            return
         there = checkpoint.config["optimizer"]["decay_all"]
-        if checkpoint.state["has_optimizer"] and there != here:
+        if there != self.config.optimizer.decay_all:
             raise UserError(
                 f"{checkpoint.path} holds the optimizer of optimizer.decay_all={str(there).lower()}"
                 ": set that, or export and import the weights to start anew with them"
@@ -372,7 +373,10 @@ class Trainer:
             return None
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+            # Replaced as a whole: on a full disk the one before stays.
+            new = self.run_dir / ".config.yaml.new"
+            new.write_text(to_yaml(self.config))
+            os.replace(new, self.run_dir / "config.yaml")
         except OSError as error:
             raise UserError(f"cannot write to run.dir={self.run_dir}: {error.strerror}") from None
         peak = None

@@ -305,12 +305,19 @@ def test_bad_jax_files(tmp_path):
     refused("not", import_jax, mlp, tmp_path / "config.json", tmp_path / "checkpoint")
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
 def test_bad_exports(imported, tmp_path):
     whole, output = imported("linear_mamba"), tmp_path / "hf"
     broken = tmp_path / "broken"
     for damage, match in (
         (lambda: (broken / "state.json").unlink(), "no checkpoint"),
-        (lambda: (broken / ".metadata").unlink(), "no complete checkpoint"),
+        (lambda: (broken / ".metadata").unlink(), "is damaged"),
+        (lambda: flip_a_bit(next(broken.glob("*.distcp"))), "has another checksum"),
         (lambda: [f.write_bytes(f.read_bytes()[:999]) for f in broken.glob("*.distcp")], "damaged"),
         (lambda: [f.unlink() for f in broken.glob("*.distcp")], "damaged"),
     ):

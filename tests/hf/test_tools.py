@@ -207,6 +207,7 @@ def test_pieces_of_a_model_s_own_are_reproduced_or_refused(kind, prefix, tmp_pat
         (["--checkpoint", "{0}/hf", "--prompt", "x"], "state.json"),
         (["--hf", "{0}/hf", "--prompt", "x", "--top-p", "0"], "--top-p"),
         (["--hf", "{0}/hf", "--prompt", "x", "--json", "{0}/no/x.json"], "no is no folder"),
+        (["--hf", "{0}/hf", "--prompt", "x", "--save-ids", "{0}/hf"], "hf cannot be written"),
     ],
 )
 def test_bad_input_to_generate_is_one_line(arguments, named, models):
