@@ -81,7 +81,7 @@ def main() -> int:
     with naming_lost_ranks(at):
         platform = start(config)
         # While rank 0 waits for a run before to end, the others wait for rank 0.
-        with alone_in(Path(config.run.dir), 60 * config.run.timeout_minutes / 2):
+        with alone_in(Path(config.run.dir), 60 * config.run.timeout_minutes / 2, stop):
             trainer = Trainer(config, platform, stop, at)
             # What stands now lives as long as the run: saves need not collect among it.
             gc.freeze()

@@ -315,16 +315,16 @@ def _refusing(source: str) -> Iterator[None]:
 class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice: of two sections of one name the first would be lost."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in keys:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key} stands twice", problem_mark=key_node.start_mark
-                )
-            keys.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor):
+        node, keys = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} stands twice", problem_mark=key.start_mark
+                    )
+                keys.add((key.tag, key.value))
+        return node
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:

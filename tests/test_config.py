@@ -137,6 +137,9 @@ def test_refuses_broken_recipes(tmp_path):
         with pytest.raises(UserError) as refusal:
             load_config([path])
         assert "\n" not in str(refusal.value)
+    path.write_text("logging: {<<: {wandb_mode: offline, live: true}, live: false}")
+    logging = load_config([RECIPES / "debug_cpu.yaml", path]).logging
+    assert logging.wandb_mode == "offline" and not logging.live
     path.write_text("model: {num_layers: 1}")
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         load_config([path])

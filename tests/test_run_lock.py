@@ -1,102 +1,138 @@
 """Two runs in one run folder: the second waits, and is refused where the first goes on."""
 
+import contextlib
 import fcntl
 import json
 import os
-import re
+import resource
 import signal
 import socket
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 from harness import run
-from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
+from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, wait_for
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.training import run_lock
-
-IMPATIENT = "run.timeout_minutes=0.1"
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> list[str]:
-    return [*small_recipe(tmp_path_factory.mktemp("tokens")), "checkpoint.export_final=false"]
+from megatron_ttt.training.stopping import EXIT_STOPPED
 
 
-def test_a_second_run_is_refused_and_the_first_not_disturbed(recipe, tmp_path):
+def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):
+    recipe = [*small_recipe(tmp_path), "checkpoint.export_final=false"]
     run_dir, log = tmp_path / "run", tmp_path / "log"
     first = start(recipe, run_dir, log)
     wait_for(log, "Saved", first)
     rank_0 = ranks(first)[0]
     rank_0.send_signal(signal.SIGSTOP)  # else it is done before the other is
     before = sorted(path.name for path in run_dir.iterdir())
-    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}", IMPATIENT]
-    refused = f"error: process {rank_0.pid} is training in run.dir={run_dir}: stop it, or set"
-    assert refused in run(command, expect=2)
+    command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}", "run.timeout_minutes=0.1"]
+    refused = f"error: process {rank_0.pid} on {socket.gethostname()} is training in run.dir="
+    assert f"{refused}{run_dir}: stop it, or set" in run(command, expect=2)
     assert sorted(path.name for path in run_dir.iterdir()) == before
     rank_0.send_signal(signal.SIGCONT)
     assert first.wait(120) == 0, log.read_text()[-3000:]
     assert [step for step, *_ in losses(run_dir)] == list(range(1, STEPS + 1))
 
 
-def test_a_run_waits_for_the_one_before_to_end(recipe, tmp_path):
-    run_dir, logs = tmp_path / "run", [tmp_path / "log", tmp_path / "log2"]
-    first = start(recipe, run_dir, logs[0])
-    wait_for(logs[0], "Saved", first)
-    processes = ranks(first)
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
-    second = start(recipe, run_dir, logs[1])
-    wait_for(logs[1], "Waiting for process", second)
-    for process in processes:
-        process.kill()
-    assert second.wait(120) == 0, logs[1].read_text()[-3000:]
-    assert first.wait(60) != 0
-    assert "Resumed from" in logs[1].read_text()
-    assert steps(run_dir)[-1] == STEPS
+class Stop:
+    """As StopRequests, which hears of nothing."""
+
+    def heard_here(self) -> int:
+        return 0
 
 
-@pytest.fixture
-def first_rank(monkeypatch):
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
     monkeypatch.setattr(run_lock.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(run_lock.dist, "barrier", lambda: None)
     monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.01)
 
 
-def hold(folder, holder: list) -> int:
-    """A child process that has locked the folder; its process id."""
-    (folder / run_lock.LOCK_FILE).write_text(json.dumps(holder))
+@contextlib.contextmanager
+def held(folder: Path, text: str):
+    """While a child process has locked the folder; its process id."""
+    (folder / run_lock.LOCK_FILE).write_text(text)
     ready, says = os.pipe()
     child = os.fork()
     if not child:
-        with open(folder / run_lock.LOCK_FILE, "a+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            os.write(says, b"1")
-            signal.pause()
-    os.read(ready, 1)
-    return child
-
-
-def test_the_lock_of_a_lost_machine_is_gone_over(first_rank, tmp_path, capsys):
-    for host, refused in ((socket.gethostname(), True), ("a-machine-that-was", False)):
-        child = hold(tmp_path, [host, 17])
         try:
-            with run_lock.alone_in(tmp_path, 0.05):
-                assert not refused
-        except UserError as error:
-            assert refused and re.match("process 17 is training in run.dir=", str(error))
+            with open(folder / run_lock.LOCK_FILE, "a+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                os.write(says, b"1")
+                signal.pause()
         finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    assert "is locked from a-machine-that-was still" in capsys.readouterr().out
-    with run_lock.alone_in(tmp_path, 0.05):
-        assert json.loads((tmp_path / run_lock.LOCK_FILE).read_text())[1] == os.getpid()
+            os._exit(1)
+    os.close(says)
+    assert os.read(ready, 1) == b"1"
+    os.close(ready)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            kill(child)
 
 
-def test_a_file_system_without_locks_is_said(first_rank, tmp_path, capsys, monkeypatch):
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_a_run_waits_for_the_one_before_to_end(tmp_path, capsys):
+    with held(tmp_path, json.dumps([socket.gethostname(), "process 17"])) as child:
+        threading.Timer(0.3, kill, [child]).start()
+        with run_lock.alone_in(tmp_path, 60, Stop()):
+            host, process = json.loads((tmp_path / run_lock.LOCK_FILE).read_text())
+    assert (host, process) == (socket.gethostname(), f"process {os.getpid()}")
+    assert f"Waiting for process 17 on {host}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "null", "{", f'["{socket.gethostname()}", "process 17"]'])
+def test_a_lock_of_this_machine_or_of_nobody_is_heeded(tmp_path, text):
+    with (
+        held(tmp_path, text),
+        pytest.raises(UserError, match="is training in run"),
+        run_lock.alone_in(tmp_path, 0.05, Stop()),
+    ):
+        pass
+
+
+def test_the_lock_of_a_lost_machine_is_gone_over(tmp_path, capsys):
+    with held(tmp_path, '["that-was", "process 17"]'), run_lock.alone_in(tmp_path, 0.05, Stop()):
+        assert "is locked from that-was still" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_wait(tmp_path):
+    stop = Stop()
+    stop.heard_here = lambda: signal.SIGTERM
+    with (
+        held(tmp_path, ""),
+        pytest.raises(run_lock.StoppedWaiting) as stopped,
+        run_lock.alone_in(tmp_path, 60, stop),
+    ):
+        pass
+    assert stopped.value.exit_code == EXIT_STOPPED
+
+
+def test_on_a_full_disk_the_lock_holds_without_a_name(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with run_lock.alone_in(tmp_path, 1, Stop()):
+            assert (tmp_path / run_lock.LOCK_FILE).read_text() == ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch):
     def no_locks(file, kind):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
-    with run_lock.alone_in(tmp_path / "new", 10):
+    with run_lock.alone_in(tmp_path / "new", 10, Stop()):
         assert (tmp_path / "new").is_dir()
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().out

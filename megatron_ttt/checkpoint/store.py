@@ -83,14 +83,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        if {"step", "config", "has_optimizer"} <= set(state):
+        if isinstance(state, dict) and {"step", "config", "has_optimizer"} <= state.keys():
             return Checkpoint(path, state)
     except OSError as error:
         raise UserError(
             f"no checkpoint at {path} ({STATE_FILE}: {error.strerror}): name a checkpoint-STEP "
             "folder"
         ) from None
-    except (ValueError, TypeError):
+    except ValueError:
         pass
     raise UserError(f"{path / STATE_FILE} is damaged: use another checkpoint")
 

@@ -74,6 +74,9 @@ def start(kind: str = "auto", *, deterministic: bool = False) -> Platform:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
+        # As Megatron-LM has it: with one queue the collectives of tensor parallelism begin before
+        # the weight gradients that are to hide them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if not torch.cuda.is_available():
             raise UserError("run.device=cuda, but torch sees no GPU: set run.device=cpu or auto")
         if (index := CUDA.device.index) >= torch.cuda.device_count():
@@ -81,9 +84,6 @@ def start(kind: str = "auto", *, deterministic: bool = False) -> Platform:
                 f"process {index} of this node has no GPU, there are {torch.cuda.device_count()}: "
                 "launch as many processes (--nproc-per-node), or see CUDA_VISIBLE_DEVICES"
             )
-        # As Megatron-LM has it: with one queue the collectives of tensor parallelism begin before
-        # the weight gradients that are to hide them.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(CUDA.device)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -110,14 +110,14 @@ class JsonLines:
 
 
 def _bytes_until(path: Path, step: int) -> int:
-    """How far the lines of an earlier attempt go, up to and with `step`; they are in order."""
+    """How far the lines of an earlier attempt go, up to and with `step`; they are in order. A line
+    that is not a record stays where it is."""
     length = 0
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            complete = line.endswith(b"\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # not a line of ours
-            complete = False
-        if not complete:
+        later = False
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            later = json.loads(line)["step"] > step
+        if later or not line.endswith(b"\n"):
             break
         length += len(line)
     return length

@@ -58,6 +58,12 @@ class StopRequests:
         except psutil.NoSuchProcess:
             return False
 
+    def heard_here(self) -> int:
+        """What this process alone knows of, as a code: a signal, or that its launcher is gone."""
+        if self._has_launcher and not self._launcher_runs():
+            return _LAUNCHER_IS_GONE
+        return self._signal
+
     def reason(self, device, exit_after_minutes: float | None = None) -> str | None:
         """Why all ranks should stop now, in words; None to go on. Collective."""
         import torch
@@ -65,9 +71,7 @@ class StopRequests:
 
         minutes = (time.monotonic() - self.started) / 60
         time_is_up = exit_after_minutes is not None and minutes >= exit_after_minutes
-        code = self._signal or (_TIME_IS_UP if time_is_up else 0)
-        if self._has_launcher and not self._launcher_runs():
-            code = _LAUNCHER_IS_GONE
+        code = self.heard_here() or (_TIME_IS_UP if time_is_up else 0)
         everyones = torch.full((), code, device=device)  # not copied from the host
         dist.all_reduce(everyones, dist.ReduceOp.MAX)
         code = int(everyones.item())
