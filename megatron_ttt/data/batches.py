@@ -38,7 +38,7 @@ class Data:
         """This rank's microbatches of the whole validation; the same at every call."""
         if self.validation is None:
             return []
-        # All at once: it would wait for other processes to start, and train none the less.
+        # Without workers: all is read at once while training waits, and they take long to start.
         return next(iter(self._loader(self.validation, 0, 1, len(self.validation))))
 
     def _loader(

@@ -38,8 +38,7 @@ class MetricsLog:
         self.since, self.steps_since = time.perf_counter(), 0
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
-        """Record a training step; print every `training.log_every` of them,
-        the first and the last."""
+        """Record a training step; print the first, the last and every `training.log_every`."""
         self.steps_since += 1
         now = time.perf_counter()
         rate = self.steps_since * self.tokens_per_step / (now - self.since)
