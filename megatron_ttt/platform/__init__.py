@@ -89,6 +89,8 @@ def start(kind: str = "auto", *, deterministic: bool = False) -> Platform:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             os.environ.setdefault("NCCL_ALGO", "Ring")
             torch.use_deterministic_algorithms(True)
+            # It would fill with NaN whatever a kernel is about to write.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         return CUDA
     from megatron_ttt.platform import cpu
 

@@ -41,8 +41,9 @@ def measured(kind: str) -> dict:
     paths = (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/ops"))
     env["PYTHONPATH"] = os.pathsep.join(paths)
     script = Path(__file__).with_name("triton_cases.py")
-    done = subprocess.run([sys.executable, script, kind], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, script, kind]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, "stderr says why"
     return json.loads(done.stdout)
 
 
@@ -131,7 +132,7 @@ def test_auto_takes_the_kernels_on_cuda(monkeypatch):
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="there is one choice")
 def test_a_deterministic_run_takes_a_choice_without_timing_it():
-    from megatron_ttt.ops.triton.common import worth_trying
+    from megatron_ttt.ops.triton.common import TRITON_DTYPE, worth_trying
     from megatron_ttt.ops.triton.mlp_forward import mlp_forward
 
     sizes = {"P": 64, "M": 256}
@@ -142,6 +143,8 @@ def test_a_deterministic_run_takes_a_choice_without_timing_it():
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(timed) > 1 and fixed == timed[:1]
+    of_float32 = worth_trying(mlp_forward.configs, {}, **sizes, DOT=TRITON_DTYPE[torch.float32])
+    assert [choice.num_warps for choice in of_float32] == [8]
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="they are interpreted")

@@ -162,4 +162,6 @@ if __name__ == "__main__":
             results[name] = case(kind, *arguments)
         except Exception as error:  # of one case; the others say more
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        # As it comes: of a process that is ended early this is all there will be.
+        print(f"{kind}, {name}: {results[name]}", file=sys.stderr, flush=True)
     print(json.dumps(results))

@@ -128,16 +128,19 @@ def autotuned(choices: list[dict], key: list[str]):
 
 
 def worth_trying(
-    configs: list[triton.Config], _, *, P: int, M: int = 0, BM: int | None = None, **__
+    configs: list[triton.Config], _, *, P: int, M: int = 0, BM: int | None = None, DOT=None, **__
 ) -> list[triton.Config]:
     """Those that give a float32 tile of state at most 32 registers a thread, and blocks no more
-    hidden units than there are; else the second choice, made for large heads."""
+    hidden units than there are; else the second choice, made for large heads. Of float32 operands
+    those of 8 warps: products are unrolled then, and with 4 spill up to 13 KB a thread."""
 
     def fits(config: triton.Config) -> bool:
         rows = config.kwargs.get("BM", BM or P)
         return 32 * 32 * config.num_warps >= rows * P and (M == 0 or padded(M) >= rows)
 
     fitting = list(filter(fits, configs)) or configs[1:2]
+    if DOT is tl.float32:
+        fitting = [config for config in configs if config.num_warps == 8] or fitting
     return fitting[:1] if torch.are_deterministic_algorithms_enabled() else fitting
 
 

@@ -41,7 +41,7 @@ def conv_rotate_forward(
     F: tl.constexpr, K: tl.constexpr, W: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Grid [tokens / BL, channels / BC, B]."""
-    first, batch = tl.program_id(1) * BC, tl.program_id(2)
+    first, batch = tl.program_id(1) * BC, tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * BL + tl.arange(0, BL)
     channels = first + tl.arange(0, BC)
     real = channels < C
@@ -69,7 +69,7 @@ def conv_rotate_backward(
 ):  # fmt: skip
     """Grid [tokens / BL, channels / BC, B]. sums_N2WC: of a block of tokens, for q's convolution
     and k's, the gradients of the W weights and, last, of the bias."""
-    first, batch = tl.program_id(1) * BC, tl.program_id(2)
+    first, batch = tl.program_id(1) * BC, tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * BL + tl.arange(0, BL)
     channels = first + tl.arange(0, BC)
     real = channels < C

@@ -41,7 +41,7 @@ CHOICES = [{"num_warps": 4}, {"num_warps": 8}]
 
 
 @autotuned(CHOICES, key=["F", "K", "crowded"])
-@triton.jit(do_not_specialize=["L", "C", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def linear_forward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, W_BHFF, b_BH1F,
     out_BHLF, G_ALF, W_ACFF, b_ACF, W_final_AFF, b_final_AF,
@@ -107,7 +107,7 @@ def linear_forward(
 
 
 @autotuned(CHOICES, key=["F", "K", "crowded"])
-@triton.jit(do_not_specialize=["L", "C", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def linear_backward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, G_ALF, W_ACFF, b_ACF, dout_BHLF,
     dq_BHLF, dk_BHLF, dv_BHLF, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, dW_AFF, db_AF,

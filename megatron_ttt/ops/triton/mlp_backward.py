@@ -29,7 +29,7 @@ TILES = 64 * 64 * 64
 
 
 @autotuned(CHOICES, key=["F", "M", "K", "crowded"])
-@triton.jit(do_not_specialize=["L", "C", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def mlp_backward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF,
     X2_ALM, G1_ALM, G2_ALF, Z2_ALF, Zbar_ALF, S2_ALK, W1_ACFM, b1_ACM, W2_ACMF, b2_ACF, dout_BHLF,

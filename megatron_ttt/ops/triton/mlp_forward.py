@@ -28,7 +28,7 @@ CHOICES = [{"BM": 64, "num_warps": 4}, {"BM": 64, "num_warps": 8}, {"BM": 256, "
 
 
 @autotuned(CHOICES, key=["F", "M", "K", "crowded"])
-@triton.jit(do_not_specialize=["L", "C", "crowded"])
+@triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def mlp_forward(
     q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF,
     W1_BHFM, b1_BH1M, W2_BHMF, b2_BH1F, out_BHLF,

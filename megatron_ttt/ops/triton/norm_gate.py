@@ -139,7 +139,7 @@ def norm_gate_backward(
         dweight += tl.sum(dout * z * g * xhat, 0)
         dbias += tl.sum(dout * z * g, 0)
     columns = tl.arange(0, P)
-    partial = partial_T2D + program * 2 * D + columns
+    partial = partial_T2D + program.to(tl.int64) * 2 * D + columns
     tl.store(partial, dweight, mask=columns < D)
     tl.store(partial + D, dbias, mask=columns < D)
 
