@@ -1,5 +1,7 @@
 """Disks that fill up, turn read-only or are slow while a checkpoint is written."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import torch
 from harness import ROOT, run
 from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_for
 
+from megatron_ttt.checkpoint.faults import _of_the_disk
 from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
@@ -77,7 +80,7 @@ def check_untouched(run_dir: Path, step: int) -> None:
 
 
 FULL_AT = [
-    ("asynchronous=false", 8_000),  # common.pt
+    ("asynchronous=false", 13_000),  # common.pt, after the run's lock and config.yaml
     ("asynchronous=false", 400_000),  # one rank's shards
     ("asynchronous=true", 400_000),
     ("asynchronous=true", 840_000),  # .metadata
@@ -129,6 +132,31 @@ def test_stops_when_told_to(build, whole, small_disk, mode):
     check_untouched(run_dir, 2)
     assert steps(run_dir) == [1, 2] and not list(run_dir.glob(".*"))
     assert trainer.step < STEPS
+
+
+class FullAfter(io.RawIOBase):
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content) -> int:
+        if len(content) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(content)
+        return len(content)
+
+
+@pytest.mark.parametrize("room", [0, 500, 3000])
+def test_the_disk_s_own_words_are_said(room):
+    """torch says "unexpected pos" where it cannot end a file whose content found no room."""
+    with pytest.raises((OSError, RuntimeError)) as failure:
+        torch.save(torch.zeros(10_000), FullAfter(room))
+    assert _of_the_disk(failure.value).errno == errno.ENOSPC
+    assert _of_the_disk(other := ValueError("another")) is other
 
 
 def test_a_last_checkpoint_that_was_not_saved_is_no_success(build, whole, small_disk, capsys):

@@ -90,7 +90,15 @@ def _write_files(transforms, use_msc: bool, rank: int, buckets: list, results) -
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
     for error in errors:
         traceback.clear_frames(error.__traceback__)
-    results.put(errors[0] if errors else outcomes)
+    results.put(_of_the_disk(errors[0]) if errors else outcomes)
+
+
+def _of_the_disk(error: BaseException) -> BaseException:
+    """The disk's own error, where torch raised one while it tidied up after that."""
+    behind = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error
 
 
 def in_words(error: SaveError | CheckpointException) -> str:
