@@ -136,8 +136,8 @@ class Benchmark:
         for group, process in running.items():
             code = process.wait(self.ends(SHARE_OF_TESTS))
             output = process.output()
-            summary = "out of time" if code is None else output.strip().splitlines()[-1]
-            summary = re.sub(r" in [\d.]+s.*", "", summary)
+            last = (output.strip().splitlines() or ["no output"])[-1]
+            summary = "out of time" if code is None else re.sub(r" in [\d.]+s.*", "", last)
             self.result["tests"].append({"part": group, "summary": summary, "exit_code": code})
             print(f"tests, {group}: {summary}", flush=True)
             if code != 0:
