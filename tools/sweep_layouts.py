@@ -52,8 +52,6 @@ def main() -> None:
         raise UserError(f"--top {arguments.top}: give 1 or more")
     device = find_device(arguments.gpu)
     memory = 0.9 * device.memory if arguments.memory is None else arguments.memory
-    if not memory > 0:  # NaN is not
-        raise UserError(f"--memory {memory} is no size: give GiB above 0")
     layouts = rank_layouts(config, arguments.world_size, device, arguments.mfu, memory)
     if not layouts:
         raise UserError(

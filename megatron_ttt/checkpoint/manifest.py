@@ -82,6 +82,14 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_durably(path: Path, text: str) -> None:
+    """As `write_durably`, but the file is the one before until it is whole."""
+    new = path.with_name(f".{path.name}.new")
+    write_durably(new, text)
+    os.replace(new, path)
+    fsync_directory(path.parent)
+
+
 def fsync_directory(directory: Path) -> None:
     """Bring the names in a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -25,7 +25,7 @@ from megatron_ttt.checkpoint.manifest import (
     find_damage,
     folder_files,
     fsync_directory,
-    write_durably,
+    replace_durably,
     write_manifest,
 )
 from megatron_ttt.errors import UserError
@@ -197,10 +197,7 @@ def publish(temporary: Path, path: Path, described: dict[str, dict[str, int | st
 
 def write_pointer(path: Path) -> None:
     """Let `latest` in the run folder name a checkpoint, replacing the file as a whole."""
-    pointer = path.parent / f".{LATEST_FILE}.new"
-    write_durably(pointer, path.name + "\n")
-    os.replace(pointer, path.parent / LATEST_FILE)
-    fsync_directory(path.parent)
+    replace_durably(path.parent / LATEST_FILE, path.name + "\n")
 
 
 def link_milestone(checkpoint: Path, step: int) -> None:

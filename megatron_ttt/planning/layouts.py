@@ -81,7 +81,10 @@ def rank_layouts(
 
     Sequence parallelism goes with tensor parallelism; recomputation is tried where a layout does
     not fit without. On equal times the larger micro-batch is first: it fills a device better.
+    Raises UserError for a memory_gib that is no size.
     """
+    if not memory_gib > 0:  # NaN is not
+        raise UserError(f"--memory {memory_gib} is no size: give GiB above 0")
     found = []
     for candidate in _candidates(config, world_size):
         for recompute in (False, True):

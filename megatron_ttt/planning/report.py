@@ -42,8 +42,6 @@ def dry_run(
         raise UserError(f"--world-size {world_size} is no number of processes")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu} is no share: give a number up to 1, as 0.4")
-    if memory_gib is not None and not memory_gib > 0:  # NaN is not
-        raise UserError(f"--memory {memory_gib} is no size: give GiB above 0")
     device = None if gpu is None else find_device(gpu)
     if device is None and (mfu is not None or memory_gib is not None):
         raise UserError("--mfu and --memory need --gpu: name the device to plan for")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
-from megatron_ttt.checkpoint.manifest import find_damage
+from megatron_ttt.checkpoint.manifest import find_damage, replace_durably
 from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
@@ -373,10 +373,7 @@ class Trainer:
             return None
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            # Replaced as a whole: on a full disk the one before stays.
-            new = self.run_dir / ".config.yaml.new"
-            new.write_text(to_yaml(self.config))
-            os.replace(new, self.run_dir / "config.yaml")
+            replace_durably(self.run_dir / "config.yaml", to_yaml(self.config))
         except OSError as error:
             raise UserError(f"cannot write to run.dir={self.run_dir}: {error.strerror}") from None
         peak = None
