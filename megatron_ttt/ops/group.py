@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_ttt.ops.layernorm import Normalised, normalise, project
+from megatron_ttt.ops.layernorm import normalise, project
 
 
 def augmented(width: int) -> int:
@@ -81,22 +81,24 @@ class Group:
         self.dG_NAKF, self.du_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
         self.dP_NAKK = new(N, A, K, K)
         self.dSS_NA2K2K = like.new_zeros(N, A, 2 * K, 2 * K)
-        self.hG1_NA3KF = like.new_ones(N, A, 3, K, F)  # Z_hat, G, 1
-        self.hG_NA2KF = self.hG1_NA3KF[:, :, :2]
-        self.h_NAK1, self.rstd_NAK1 = new(2, N, A, K, 1)
-        self.scale_NA1K1 = new(N, A, 1, K, 1)
-        self.scratch_AKF, self.scratch_A3KF = new(A, K, F), new(A, 3, K, F)
-        self.dots_A3K1 = new(A, 3, K, 1)
-        self.gradient_views = each(
+        # The Hessian, see `inner_gradients`. The rows of V are hat, w, hat, 1, t, 1: in each pair
+        # that the Hessian has, one follows the other. `own_AK5K` leaves a token its own rows.
+        self.D_NAKF = new(N, A, K, F)
+        self.V_NA6KF = like.new_ones(N, A, 6 * K, F)
+        hat, self.w_NAKF, hat_again, _, self.t_NAKF, _ = self.V_NA6KF.split(K, 2)
+        self.hats = hat, hat_again
+        paired = like.new_tensor([1, 1, 0, 1, 1]) / F
+        own_K5K = torch.kron(paired, torch.eye(K, dtype=like.dtype, device=like.device))
+        self.own_AK5K = own_K5K.repeat(A, 1, 1)
+        self.minus_rstd_NAK1 = new(N, A, K, 1)
+        self.scratch_AKF, self.pairs_AKF = new(2, A, K, F)
+        self.dots_AK5K = new(A, K, 5 * K)
+        self.hessians = each(
+            minus_rstd=self.minus_rstd_NAK1,
+            D=self.D_NAKF,
+            VT=self.V_NA6KF[:, :, : 5 * K].mT,
+            V_next=self.V_NA6KF[:, :, K:],
             dG=self.dG_NAKF,
-            dG_A1KF=self.dG_NAKF.unsqueeze(2),
-            h=self.h_NAK1,
-            hG1=self.hG1_NA3KF,
-            rstd=self.rstd_NAK1,
-            scale=self.scale_NA1K1,
-            du=self.du_NAKF,
-            hat=self.hG_NA2KF[:, :, 0],
-            G=self.hG_NA2KF[:, :, 1],
             dZ=self.dZ_NAKF,
         )
 
@@ -144,40 +146,46 @@ class Group:
         torch.add(self.by_head(hat_NAKF), self.of_heads(self.beta_A1F), out=output)
 
     def inner_gradients(self, Z_NAKF):
-        """G of all mini-batches from Z, with what `inner_gradient_backward` wants to know."""
-        norm, scratch = normalise(Z_NAKF), self.scratch_NAKF
-        u = self.u_NAKF.addcmul_(self.gamma2_A1F, norm.hat)
-        G = self.G_NAKF.copy_(project(u, norm))
-        torch.stack((norm.hat, G), 2, out=self.hG_NA2KF)
-        self.rstd_NAK1.copy_(norm.rstd)
-        scale = torch.mul(norm.rstd, -1 / self.shape[-1], out=self.scale_NA1K1[:, :, 0])
-        torch.sum(torch.mul(u, norm.hat, out=scratch), -1, keepdim=True, out=self.h_NAK1)
-        self.h_NAK1 *= scale
-        self.norms = [Normalised(*rows) for rows in zip(*norm)]
+        """G of all mini-batches from Z, and the loss's Hessian, which takes dG to dZ: a diagonal D
+        and four pairs of vectors a token. With mean products <.,.>, and 1/s = rstd,
+
+        -s dZ = D dG + hat <w, dG> + w <hat, dG> + 1 <t, dG> + t <1, dG>,
+        D = (h - gamma^2) / s,  h = <u, hat>,
+        w = G + (gamma^2 hat - <gamma^2, hat> - (h + <gamma^2 hat, hat>) hat / 2) / s,
+        t = (h - <gamma, gamma>) / 2s - D.
+        """
+        self.norm = normalise(Z_NAKF)
+        hat, rstd, gamma2 = self.norm.hat, self.norm.rstd, self.gamma2_A1F
+        scratch, gamma2_hat = self.scratch_NAKF, torch.mul(gamma2, hat, out=self.du_NAKF)
+        u = self.u_NAKF.add_(gamma2_hat)
+        G = self.G_NAKF.copy_(project(u, self.norm))
+        h = torch.mul(u, hat, out=scratch).mean(-1, keepdim=True)
+        both = torch.mul(gamma2_hat, hat, out=scratch).mean(-1, keepdim=True).add_(h).mul_(rstd)
+        w = torch.addcmul(G, rstd, gamma2_hat, out=self.w_NAKF).addcmul_(both, hat, value=-0.5)
+        w.sub_(gamma2_hat.mean(-1, keepdim=True).mul_(rstd))
+        D = torch.sub(h, gamma2, out=self.D_NAKF).mul_(rstd)
+        half = h.sub_(gamma2.mean(-1, keepdim=True)).mul_(rstd).mul_(0.5)
+        torch.sub(half, D, out=self.t_NAKF)
+        torch.neg(rstd, out=self.minus_rstd_NAK1)
+        for hats in self.hats:
+            hats.copy_(hat)
 
     def output_backward(self, d_output, Zbar_NAKF):
         """From d_output [N, B, H, K, F] to dZbar, and to dP of the layer that gave Zbar - P G."""
         d_output_NAKF = self.scratch_NAKF
         self.by_head(d_output_NAKF).copy_(d_output)
         norm = normalise(Zbar_NAKF)
-        self.dbeta_AF = d_output_NAKF.sum((0, 2))
-        self.dZbar_NAKF.copy_(project(torch.mul(self.gamma_A1F, d_output_NAKF), norm))
-        self.dgamma_AF = norm.hat.mul_(d_output_NAKF).sum((0, 2))
+        dZbar_NAKF = project(torch.mul(self.gamma_A1F, d_output_NAKF, out=self.du_NAKF), norm)
+        self.dZbar_NAKF.copy_(dZbar_NAKF)
+        self.dgamma_NAKF, self.dbeta_NAKF = norm.hat.mul_(d_output_NAKF), d_output_NAKF
         dZbar, GT = flat(self.dZbar_NAKF), flat(self.G_NAKF).mT
         flat(self.dP_NAKK).baddbmm_(dZbar, GT, beta=0, alpha=-1)
 
-    def inner_gradient_backward(self, m, norm):
-        """From dG to dZ, with du = Pi(dG): as Pi is linear and Pi(u) = G,
-
-        dZ = Pi(gamma^2 du - mean(u Z_hat)/s dG) - (mean(dG Z_hat) G + mean(dG G) Z_hat) / s.
-        """
-        torch.mul(m.dG_A1KF, m.hG1, out=self.scratch_A3KF)
-        sums = torch.sum(self.scratch_A3KF, -1, keepdim=True, out=self.dots_A3K1)
-        of_hat, of_G, of_1 = sums.mul_(m.scale).unbind(1)
-        du = torch.mul(m.dG, m.rstd, out=m.du).add_(of_1).addcmul_(of_hat, m.hat)
-        torch.mul(self.gamma2_A1F, du, out=self.scratch_AKF).addcmul_(m.h, m.dG)
-        dZ = project(self.scratch_AKF, norm).addcmul_(of_hat, m.G)
-        torch.addcmul(dZ, of_G, m.hat, out=m.dZ)
+    def inner_gradient_backward(self, m):
+        """From dG to dZ, by the Hessian."""
+        dG = torch.mul(m.dG, m.minus_rstd, out=self.scratch_AKF)
+        dots = torch.bmm(dG, m.VT, out=self.dots_AK5K).mul_(self.own_AK5K)
+        torch.addcmul(torch.bmm(dots, m.V_next, out=self.pairs_AKF), m.D, dG, out=m.dZ)
 
     def similarity_backward(self, dS_NAKK):
         """Through S = q x^T: add dS^T q to dx and dS x to dq."""
@@ -200,15 +208,14 @@ class Group:
             dtau[-1] -= (Y_NAK * lam_NAK).sum()
 
         # u = gamma (gamma Z_hat + residual + beta), residual = x - v.
-        (dq, dk, dv, dlam), du_NAKF = d_tokens, self.du_NAKF
+        (dq, dk, dv, dlam), du_NAKF = d_tokens, project(self.dG_NAKF, self.norm)
         torch.add(self.by_head(self.dq_NAKF), d_output, out=dq)
         torch.addcmul(self.dx_NAKF, gamma, du_NAKF, out=self.dx_NAKF)
         dk.copy_(self.by_head(self.dx_NAKF))
         torch.mul(self.by_head(du_NAKF), self.of_heads(-gamma), out=dv)
         dlam.copy_(self.by_head(dlam_NAK))
-        du_AF = du_NAKF.sum((0, 2))
-        weighted = self.residual_NAKF.addcmul_(gamma, self.hG_NA2KF[:, :, 0], value=2)
-        dgamma_AF = weighted.mul_(du_NAKF).sum((0, 2)).addcmul_(self.beta_A1F.squeeze(1), du_AF)
-        dgamma_AF += self.dgamma_AF
-        dbeta_AF = torch.addcmul(self.dbeta_AF, gamma.squeeze(1), du_AF)
-        return dtau, *(self.of_heads(x).sum(0) for x in (dgamma_AF, dbeta_AF))
+        weighted = self.residual_NAKF.addcmul_(gamma, self.norm.hat, value=2).add_(self.beta_A1F)
+        self.dgamma_NAKF.addcmul_(weighted, du_NAKF)
+        self.dbeta_NAKF.addcmul_(gamma, du_NAKF)
+        per_head = (self.by_head(x).sum((0, 1, 3)) for x in (self.dgamma_NAKF, self.dbeta_NAKF))
+        return dtau, *per_head

@@ -82,13 +82,9 @@ class LinearGroup(Group):
         PT, dZbar = flat(self.P_NAKK).mT, flat(self.dZbar_NAKF)
         flat(self.dG_NAKF).baddbmm_(PT, dZbar, beta=0, alpha=-1)
         self.dW_NAEF[-1] = self.dW_AEF
-        for m, g, norm in zip(
-            reversed(self.backward_mini_batches),
-            reversed(self.gradient_views),
-            reversed(self.norms),
-        ):
+        for m, hessian in zip(reversed(self.backward_mini_batches), reversed(self.hessians)):
             m.dG.baddbmm_(m.step, m.dW_next)
-            self.inner_gradient_backward(g, norm)
+            self.inner_gradient_backward(hessian)
             torch.baddbmm(m.dW_next, m.xqT, m.dZZ, out=m.dW)
 
         WT_NAFF, GdW = self.W_NAEF[:, :, :F].mT, self.GdW_NAKE

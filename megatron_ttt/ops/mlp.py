@@ -169,10 +169,9 @@ class MLPGroup(Group):
         dX2bar, H = dX2barH.split(K, 1)
         dZ1, dZ1bar = dZ1s.split(K, 1)
         dG1, dX2, d2gelu = self.dG1, self.dX2, self.d2gelu
-        for m, g, norm, Z1s in zip(
+        for m, hessian, Z1s in zip(
             reversed(self.mini_batches),
-            reversed(self.gradient_views),
-            reversed(self.norms),
+            reversed(self.hessians),
             reversed(self.Z1s_NA2KM.unbind()),
         ):
             self.gelus(Z1s)
@@ -188,7 +187,7 @@ class MLPGroup(Group):
             torch.bmm(X2, dW2, out=m.Y2)
             torch.mul(dG1, self.dgelu_inner, out=dH_M)
             m.dG.addcmul_(m.rate, m.Y2).baddbmm_(dH, W2)
-            self.inner_gradient_backward(g, norm)
+            self.inner_gradient_backward(hessian)
             dX2.baddbmm_(m.dZ, W2T_M)
             dZ1.mul_(dX2).addcmul_(dG1, d2gelu)
             dW2.baddbmm_(X2sT, m.dZs)
