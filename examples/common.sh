@@ -26,7 +26,9 @@ fail() {
 # The GPUs that CUDA_VISIBLE_DEVICES leaves of this machine's.
 count_gpus() {
     local visible
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    if [[ ${CUDA_VISIBLE_DEVICES-} =~ ^(-1.*|NoDevFiles)$ ]]; then
+        echo 0
+    elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
         echo "${#visible[@]}"
     elif command -v nvidia-smi >/dev/null; then
@@ -36,6 +38,17 @@ count_gpus() {
     fi
 }
 
+# Sets GPUS, where it is not, and `device`: where GPUs were counted, none may be a CPU in silence.
+count_processes() {
+    device=()
+    if [ -z "${GPUS:-}" ]; then
+        GPUS=$(count_gpus)
+        [ "$GPUS" != 0 ] || fail "no GPU found: set GPUS=N for N processes on the CPU"
+        device=(run.device=cuda)
+    fi
+    [[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS is no number of processes"
+}
+
 # The value of a key that stands once in the configuration "$1".
 value_of() {
     sed -n "s/^  $2: //p" <<<"$1"
@@ -43,16 +56,18 @@ value_of() {
 
 # train_c4 SIZE [key.path=value ...]
 train_c4() {
-    local size=$1 layer=${LAYER:-ttt_linear} context=${CONTEXT:-} gpus=${GPUS:-$(count_gpus)}
+    local size=$1 layer=${LAYER:-ttt_linear} context=${CONTEXT:-}
     shift
-    [[ $gpus =~ ^[0-9]+$ ]] || fail "GPUS=$gpus is no number of processes"
-    ((gpus > 0)) || fail "no GPU found: set GPUS=N for N processes on the CPU"
+    [ "${NNODES:-1}" = 1 ] ||
+        fail "NNODES=$NNODES: this script trains on one machine; unset it, or see docs/multi_node.md"
+    count_processes
+    set -- "${device[@]}" "$@"
 
     local name=${layer}_$size${context:+_$context}
     local config=(--config "yaml_recipes/$name.yaml")
     local suggested_for=1
-    ((gpus < 8)) || suggested_for=8
-    ((gpus < 64)) || suggested_for=64
+    ((GPUS < 8)) || suggested_for=8
+    ((GPUS < 64)) || suggested_for=64
     local overlay=yaml_recipes/overlays/${context:-$size}_${suggested_for}gpu.yaml
     [ ! -f "$overlay" ] || config+=(--config "$overlay")
 
@@ -63,8 +78,8 @@ train_c4() {
     pp=$(value_of "$resolved" pipeline_model_parallel_size)
     global=$(value_of "$resolved" global_batch_size)
     micro=$(value_of "$resolved" micro_batch_size)
-    replicas=$((gpus / (tp * pp)))
-    ((replicas > 0)) || fail "TP x PP = $tp x $pp needs $((tp * pp)) processes, and there are $gpus"
+    replicas=$((GPUS / (tp * pp)))
+    ((replicas > 0)) || fail "TP x PP = $tp x $pp needs $((tp * pp)) processes, and there are $GPUS"
     local fitted=$((global / replicas * replicas))
     ((fitted > 0)) || fail "$global sequences a step are fewer than $replicas replicas"
     ((fitted == global)) ||
@@ -76,13 +91,14 @@ train_c4() {
 
     if [ -n "${DRY_RUN:-}" ]; then
         exec "$PYTHON" pretrain_ttt.py "${config[@]}" "${overrides[@]}" \
-            --dry-run --world-size "$gpus"
+            --dry-run --world-size "$GPUS"
     fi
     local run_dir=${RUN_DIR:-runs/${name}_c4_$(date +%Y%m%d-%H%M%S)} given
     for given in "$@"; do
         [[ $given != run.dir=* ]] || run_dir=${given#run.dir=}
     done
-    echo "$name on $gpus processes, $fitted sequences a step in microbatches of $micro: $run_dir"
-    GPUS=$gpus exec examples/multi_node/torchrun.sh \
+    echo "$name on $GPUS processes, $fitted sequences a step in microbatches of $micro: $run_dir"
+    export GPUS
+    exec examples/multi_node/torchrun.sh \
         "${config[@]}" "${overrides[@]}" "run.dir=$run_dir"
 }

@@ -26,9 +26,9 @@ choose "Model?" ttt_linear ttt_linear ttt_mlp transformer
 export LAYER=$chosen
 choose "Context?" 2k 2k 8k 32k
 export CONTEXT=${chosen#2k}
-found=$(count_gpus)
-read -rp "GPUs (processes)? [$found] " GPUS || fail "no answer to: GPUs?"
-export GPUS=${GPUS:-$found}
+found=${GPUS:-$(count_gpus)}
+read -rp "GPUs (processes)? [$found] " answer || fail "no answer to: GPUs?"
+[ -z "$answer" ] || export GPUS=$answer
 
 echo
 DRY_RUN=1 "examples/train_${size}_c4.sh" "$@"

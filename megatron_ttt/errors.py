@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 RANK_0_FIRST_SECONDS = 10
 
 
@@ -32,18 +34,37 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; a `UserError` becomes one line and its exit code.
 
     Under torchrun all ranks usually meet the same mistake. Rank 0 says it and leaves, whereupon
-    torchrun ends the others; a rank that is still there later is alone with its mistake.
+    torchrun ends the others (with the same exit code, which other nodes' launchers read); a rank
+    that is still there later is alone with its mistake.
     """
     try:
         return main() or 0
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank, code = int(os.environ.get("RANK", "0")), error.exit_code
         if rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends it
+            for number in (signal.SIGTERM, signal.SIGHUP):  # how torchrun ends it
+                signal.signal(number, lambda *_: os._exit(code))
             time.sleep(RANK_0_FIRST_SECONDS)
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return code
+
+
+def of_rank_0(find: Callable[[], T]) -> T:
+    """What rank 0 finds, which it alone looks for. Collective. Its `UserError` all ranks raise: on
+    another node they would only see it go, and their launcher would try again."""
+    import torch.distributed as dist
+
+    found = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find()]
+        except UserError as refusal:
+            found = [refusal]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def refuse_missing_folders(*outputs: Path | None) -> None:

@@ -97,6 +97,12 @@ def test_nodes_that_make_no_sense():
         own_index(["192.0.2.1"])
 
 
+def test_a_name_that_other_nodes_cannot_reach():
+    """Debian's /etc/hosts gives a machine's own name as 127.0.1.1."""
+    found = problems(check_nodes(["localhost", "127.0.0.2"], free_port(), 1))
+    assert len(found) == 1 and "localhost is a loopback address here" in found[0]
+
+
 def test_a_port_that_is_taken_here():
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):

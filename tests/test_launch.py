@@ -1,5 +1,6 @@
 """The launch scripts on one machine: what they start, with what batch, and what they refuse."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from harness import ROOT
 from launch_helpers import losses, script_environment, tiny_overrides, wait_until
 
+RECIPE = ["--config", "yaml_recipes/ttt_linear_125m.yaml"]
 SCRIPTS = sorted([*ROOT.rglob("examples/**/*.sh"), *ROOT.glob("examples/**/*.sbatch")])
 
 
@@ -80,7 +82,8 @@ def test_gpus_are_counted(tmp_path):
 
     assert counted(CUDA_VISIBLE_DEVICES=None) == "2\n"
     assert counted(CUDA_VISIBLE_DEVICES="4,5,6,7") == "4\n"
-    assert counted(CUDA_VISIBLE_DEVICES="") == "0\n"
+    for none in ("", "-1", "NoDevFiles"):
+        assert counted(CUDA_VISIBLE_DEVICES=none) == "0\n"
 
 
 def test_refusals():
@@ -88,7 +91,14 @@ def test_refusals():
     assert "GPUS=many" in launch(script, GPUS="many", expect=2)
     assert "fewer than 512 replicas" in launch(script, GPUS=512, expect=2)
     assert "model.depth" in launch(script, "model.depth=3", GPUS=1, expect=2)
-    assert "RDZV_ENDPOINT" in launch("multi_node/torchrun.sh", GPUS=1, NNODES=2, expect=2)
+    assert "NNODES=2: this script" in launch(script, GPUS=1, NNODES=2, expect=2)
+    torchrun = "multi_node/torchrun.sh"
+    assert "RDZV_ENDPOINT" in launch(torchrun, GPUS=1, NNODES=2, expect=2)
+    assert "NNODES=two" in launch(torchrun, GPUS=1, NNODES="two", expect=2)
+    assert "MAX_RESTARTS=many" in launch(torchrun, GPUS=1, MAX_RESTARTS="many", expect=2)
+    # Counted GPUs that torch does not see are no reason to train on the CPU.
+    output = launch(torchrun, *RECIPE, CUDA_VISIBLE_DEVICES=0, expect=2)
+    assert "run.device=cuda, but torch sees no GPU" in output
     if not shutil.which("nvidia-smi"):
         assert "set GPUS=N" in launch(script, expect=2)
 
@@ -121,7 +131,7 @@ def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
         return process
 
     process = two_steps_of(stopped)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)  # as when a terminal is closed
     assert process.wait() == 75, log.read_text()
     assert "SIGUSR1 was received. The same command goes on" in log.read_text()
     assert len(losses(stopped)) < len(losses(whole))
@@ -142,3 +152,77 @@ def test_a_run_that_is_refused_is_not_tried_again(tmp_path):
     overrides = [*tiny_overrides(tmp_path), f"checkpoint.load={tmp_path}/nothing"]
     output = launch("train_125m_c4.sh", *overrides, GPUS=1, RUN_DIR=tmp_path / "run", expect=2)
     assert output.count("error: ") == 1
+
+
+# Stands for the Python that trains, where it does as `training` says; torchrun is the real one.
+PYTHON = """#!{python}
+import os, pathlib, signal, sys, time
+
+if sys.argv[1] != "pretrain_ttt.py":
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+
+
+def say(word):
+    with open("{log}", "a") as file:
+        file.write(word + "\\n")
+
+
+{training}
+while True:
+    time.sleep(0.1)
+"""
+
+
+@contextlib.contextmanager
+def begun(folder: Path, training: str):
+    """torchrun.sh with two processes that do as the Python lines `training` say; their log."""
+    log, python = folder / "log", folder / "python"
+    log.touch()
+    python.write_text(PYTHON.format(python=sys.executable, log=log, training=training))
+    python.chmod(0o755)
+    environment = script_environment(GPUS=2, PYTHON=python)
+    script = subprocess.Popen([ROOT / "examples/multi_node/torchrun.sh"], env=environment)
+    try:
+        wait_until(lambda: log.read_text().count("began") == 2, 120, log.read_text)
+        yield script, log
+    finally:
+        if script.poll() is None:
+            for process in [*psutil.Process(script.pid).children(recursive=True), script]:
+                process.kill()
+
+
+def test_a_stop_holds_where_a_process_fails_on_the_way(tmp_path):
+    """What torchrun starts again then is told from the start, and trains no further."""
+    fails = """
+if "MEGATRON_TTT_STOP" in os.environ:
+    say("stopped")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+say("began")
+"""
+    with begun(tmp_path, fails) as (script, log):
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait(120) == 75
+    assert log.read_text().split() in (["began"] * 2 + ["stopped"] * n for n in (1, 2))
+
+
+def test_a_signal_to_every_process_leaves_them_time_to_save(tmp_path):
+    """Slurm signals all of a step; torchrun would kill its processes 30 seconds later."""
+    saves = """
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(33)
+    say("saved")
+    sys.exit(75)
+
+
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, lambda *_: None)
+say("began")
+"""
+    with begun(tmp_path, saves) as (script, log):
+        for process in [*psutil.Process(script.pid).children(recursive=True), script]:
+            process.send_signal(signal.SIGTERM)
+        assert script.wait(120) == 75
+    assert log.read_text().split() == ["began"] * 2 + ["saved"] * 2

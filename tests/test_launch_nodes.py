@@ -88,6 +88,16 @@ def test_pipeline_across_nodes_and_the_rendezvous_killed(nodes, overrides, one_n
     assert killed == pytest.approx(one_nodes, abs=1e-5)
 
 
+def test_a_refusal_ends_both_nodes(nodes, overrides, tmp_path):
+    """Each by itself, soon, and with the exit code that says so."""
+    log = tmp_path / "log"
+    command = [*COMMAND, *overrides, f"run.dir={tmp_path}/run", "checkpoint.load=nothing"]
+    scripts = [begin(node, nodes[0], command, log) for node in nodes]
+    wait_until(lambda: None not in [script.poll() for script in scripts], 100, log.read_text)
+    assert [script.wait() for script in scripts] == [2, 2], log.read_text()[-6000:]
+    assert "error: no checkpoint at nothing" in log.read_text()
+
+
 def replicas(run_dir: Path, step: int) -> int:
     """The data-parallel size that a checkpoint was written at."""
     state = json.loads((run_dir / f"checkpoint-{step}/state.json").read_text())

@@ -14,20 +14,21 @@
 #   MAX_RESTARTS   how often torchrun starts the processes again after a failure, and this script
 #                  torchrun (default 3, each)
 #
-# SIGTERM, SIGINT or SIGUSR1 to any node's script: all processes save and leave. Exit code: 0 done;
-# 75 stopped on purpose, give the same command again; 2 and 3 as docs/checkpoints.md has them;
-# another: what failed failed again and again.
+# SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGQUIT to any node's script: all processes save and leave. Exit
+# code: 0 done; 75 stopped on purpose, give the same command again; 2 and 3 as docs/checkpoints.md has
+# them; another: what failed failed again and again.
 
 set -euo pipefail
 
-# What worker.sh leaves for this script: process ids, and the exit code that ends the job.
+# Between worker.sh and this script: process ids, the exit code that ends the job, and `stopping`.
 WORKERS=$(mktemp -d)
 export WORKERS
 trap 'rm -rf "$WORKERS"' EXIT
 
 # torchrun would give its processes 30 seconds to save. A signal goes to one of them instead, which
-# lets the others know, and torchrun, in a session of its own and deaf to USR1, sees all leave.
-stopped=
+# lets the others know, and torchrun sees all leave: in a session of its own, and deaf, where it has
+# the option (torch 2.10), to every signal but HUP. Slurm sends its signals to all processes.
+export PET_SIGNALS_TO_HANDLE=SIGHUP
 stopping_since=
 torchrun=
 
@@ -44,6 +45,8 @@ stop() {
     local file pid alive=1
     if [ -z "$stopping_since" ]; then
         stopping_since=$SECONDS
+        # Processes that torchrun starts after this, as one of those there now fails, heed it too.
+        : >"$WORKERS/stopping"
         # A process that has only just begun does not heed the signal yet.
         while [ -n "$alive" ]; do
             alive=
@@ -54,25 +57,25 @@ stop() {
                 fi
                 if kill -0 "$pid" 2>/dev/null; then alive=1; fi
             done
-            sleep 0.2
+            sleep 0.2 || true # the signal may reach it too
         done
     elif ((SECONDS - stopping_since < 3)); then
         return 0 # the same signal, by another way
     fi
     # Nothing to save, or a second signal.
-    stopped=1
-    [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null || true
+    [ -z "$torchrun" ] || kill -HUP "$torchrun" 2>/dev/null || true
 }
 shopt -s nullglob
-trap stop TERM INT USR1
+trap stop TERM INT USR1 HUP QUIT
 
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/../common.sh"
 
 nnodes=${NNODES:-1}
-gpus=${GPUS:-$(count_gpus)}
 max_restarts=${MAX_RESTARTS:-3}
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "no GPU found: set GPUS=N for N processes on the CPU"
+count_processes
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "NNODES=$nnodes is neither N nor MIN:MAX"
+[[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$max_restarts is no number: set 0 or more"
 if [ -z "${RDZV_ENDPOINT:-}" ]; then
     [ "$nnodes" = 1 ] || fail "NNODES=$nnodes needs RDZV_ENDPOINT=HOST:PORT, the same on every node"
     RDZV_ENDPOINT=localhost:0
@@ -89,22 +92,22 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch=(
     "$PYTHON" -m torch.distributed.run
-    --nnodes "$nnodes" --nproc-per-node "$gpus" --max-restarts "$max_restarts"
+    --nnodes "$nnodes" --nproc-per-node "$GPUS" --max-restarts "$max_restarts"
     --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-ttt}"
     ${rdzv_conf:+--rdzv-conf "$rdzv_conf"}
     ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
-    --no-python examples/multi_node/worker.sh
+    --no-python examples/multi_node/worker.sh "${device[@]}"
 )
 
 # A torchrun ends with the node that RDZV_ENDPOINT names: the others start theirs again.
 for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     if ((attempt)); then
         echo "torchrun ended with exit code $code; restart $attempt of $max_restarts"
-        sleep 5
+        sleep 5 || true
     fi
-    [ -z "$stopped" ] || exit 75
+    [ -z "$stopping_since" ] || exit 75
     (
-        trap '' USR1
+        trap '' USR1 TERM INT QUIT
         exec setsid "${launch[@]}" "$@"
     ) &
     torchrun=$!
@@ -112,11 +115,11 @@ for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     while code=0 && wait "$torchrun" || code=$?; kill -0 "$torchrun" 2>/dev/null; do :; done
     # A torchrun that was killed leaves its processes, which save and end when they notice.
     for file in "$WORKERS"/*.pid; do
-        while kill -0 "$(<"$file")" 2>/dev/null; do sleep 0.5; done
+        while kill -0 "$(<"$file")" 2>/dev/null; do sleep 0.5 || true; done
     done
     rm -f "$WORKERS"/*.pid
     [ ! -s "$WORKERS/exit_code" ] || exit "$(<"$WORKERS/exit_code")"
-    [ -z "$stopped" ] || exit 75
     [ "$code" != 0 ] || exit 0
+    [ -z "$stopping_since" ] || exit 75
 done
 exit "$code"

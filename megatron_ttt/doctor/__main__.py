@@ -42,6 +42,8 @@ def main() -> int:
     arguments = parse_arguments()
     if (arguments.trial or arguments.overrides) and not arguments.config:
         raise UserError("--config is not given: the trial and overrides need a recipe")
+    if not 0 < arguments.port < 2**16:
+        raise UserError(f"--port {arguments.port} is no port: choose one of 1 to {2**16 - 1}")
     problems = 0
     for finding in examine(arguments):
         print(finding, flush=True)

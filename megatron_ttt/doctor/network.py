@@ -189,6 +189,11 @@ class NodeCheck:
 def check_nodes(nodes: list[str], port: int, wait: float) -> Iterator[Finding]:
     """Ports, clocks and versions of every other node, and then one collective over all."""
     check = NodeCheck(nodes, port, wait)
+    name = nodes[check.index]
+    if len(nodes) > 1 and socket.gethostbyname(name).startswith("127."):
+        text = f"{name} is a loopback address here (/etc/hosts), where no other node reaches it: "
+        yield Finding("problem", f"node {name}", text + "give addresses, and training NODE_ADDR")
+        return
     all_good = asyncio.run(check.run())
     yield from check.findings
     if not all_good:

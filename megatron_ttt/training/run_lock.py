@@ -12,9 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megatron_ttt.errors import UserError
+from megatron_ttt.errors import UserError, of_rank_0
 from megatron_ttt.training.loggers import say
 from megatron_ttt.training.stopping import EXIT_STOPPED, StopRequests
 
@@ -39,7 +37,8 @@ def alone_in(run_dir: Path, patience_seconds: float, stop: StopRequests) -> Iter
     machine may outlive that machine, and no restart should need a person: that one is warned of.
     """
     with contextlib.ExitStack() as stack:
-        if dist.get_rank() == 0:
+
+        def hold() -> None:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 lock = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -47,7 +46,8 @@ def alone_in(run_dir: Path, patience_seconds: float, stop: StopRequests) -> Iter
                 raise UserError(f"cannot write to run.dir={run_dir}: {error.strerror}") from None
             stack.callback(os.close, lock)
             _acquire(lock, run_dir, patience_seconds, stop)
-        dist.barrier()
+
+        of_rank_0(hold)
         yield
 
 

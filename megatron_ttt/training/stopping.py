@@ -24,6 +24,9 @@ LAUNCHER = "MEGATRON_TTT_LAUNCHER"
 """Environment variable: torchrun's process id, where it is not the parent."""
 LAUNCHER_WAS_KILLED = "the launcher was killed"
 
+STOP = "MEGATRON_TTT_STOP"
+"""Environment variable: set where the launcher was told to stop before this process began."""
+
 _TIME_IS_UP, _LAUNCHER_IS_GONE = 1000, 1001
 
 
@@ -33,6 +36,8 @@ class StopRequests:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self._signal, self._received = 0, 0.0
+        if STOP in os.environ:
+            self._signal, self._received = signal.SIGUSR1, self.started
         # torchrun gives each rank a session of its own: killed, it leaves them behind. It may have
         # started a script (examples/multi_node/worker.sh) that started this process.
         launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # 0: not of this container
