@@ -29,10 +29,12 @@ from megatron_ttt.hf.safetensors_stream import write_safetensors
 from megatron_ttt.hf.source import write_source
 from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
-from megatron_ttt.hf.verification import verify
+from megatron_ttt.hf.trained_with import check_trained_with
+from megatron_ttt.hf.verification import verify, verify_configuration
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CODE = ("configuration_ttt.py", "modeling_ttt.py")
+TOKENIZER_OPTION = "--tokenizer-model FILE.model"
 
 
 def export_checkpoint(
@@ -47,8 +49,8 @@ def export_checkpoint(
 
     tokenizer_model: a SentencePiece model; None takes data.tokenizer_model of the checkpoint, where
     that file still is. dtype: of all weights; None keeps each tensor's. Raises UserError, and
-    leaves nothing behind, where the checkpoint is damaged, something does not fit or the two models
-    differ.
+    leaves nothing behind, where the checkpoint is damaged, that file is not what it was, something
+    does not fit or the two models differ.
     """
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
@@ -56,7 +58,7 @@ def export_checkpoint(
     config = config_with_defaults(checkpoint.config, path)
     tensors = CheckpointTensors(checkpoint)
     tensors.check(parameter_shapes(config.model))
-    tokenizer = _tokenizer(config, tokenizer_model)
+    tokenizer = _tokenizer(checkpoint, config, tokenizer_model)
     temporary = output.parent / f".unverified-{output.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
@@ -66,19 +68,30 @@ def export_checkpoint(
         if tokenizer is not None:
             write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
         write_source(temporary, path)
+        verify_configuration(config.model, temporary)
         verify(config.model, tensors.read, OfficialTensors(temporary).read, _cast(dtype))
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenizer(config: Config, named: Path | None) -> SentencePieceTokenizer | None:
-    if named is None:
-        recorded = config.data.tokenizer_model
-        if recorded is None or not Path(recorded).exists():
-            return None
-        named = Path(recorded)
-    tokenizer = SentencePieceTokenizer(named)
+def _tokenizer(
+    checkpoint: Checkpoint, config: Config, named: Path | None
+) -> SentencePieceTokenizer | None:
+    recorded = config.data.tokenizer_model
+    if named is None and recorded is None:
+        return None
+    if named is None and not Path(recorded).exists():
+        print(
+            f"Warning: {recorded} is gone: the export has no tokenizer, give it with "
+            f"{TOKENIZER_OPTION}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    tokenizer = SentencePieceTokenizer(named or recorded)
+    path = tokenizer.model_path
+    check_trained_with(checkpoint, path, TOKENIZER_OPTION, named=named is not None)
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer
 
@@ -123,7 +136,9 @@ def _write_configuration(
 ) -> None:
     """config.json, generation_config.json, the code and the model card."""
     official = checkpoint.state.get("official", {})
-    ids = {"bos_token_id": config.data.bos_id, "eos_token_id": 2, "pad_token_id": None}
+    # An imported config.json that leaves out EOS stands for transformers' default.
+    eos = 2 if "official" in checkpoint.state else None
+    ids = {"bos_token_id": config.data.bos_id, "eos_token_id": eos, "pad_token_id": None}
     ids |= {key: official[key] for key in ids if key in official}
     if tokenizer is not None:
         known = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
@@ -132,8 +147,9 @@ def _write_configuration(
     if ids["pad_token_id"] is None:
         # Batches are padded with it and it is masked out. A LlamaModel would also keep the row of
         # its config's pad id from being trained, which this one is.
-        ids["pad_token_id"] = ids["eos_token_id"]
-        in_config["pad_token_id"] = ids["eos_token_id"] if config.model.is_ttt else None
+        eos = ids["eos_token_id"]
+        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        in_config["pad_token_id"] = ids["pad_token_id"] if config.model.is_ttt else None
     projection = next(name for name in parameter_shapes(config.model) if "linear_fc1" in name)
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048

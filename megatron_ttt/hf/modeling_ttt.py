@@ -25,6 +25,9 @@ try:
     from megatron_ttt.ops import ttt_scan
 except ImportError:
     ttt_scan = None
+else:
+    # torch.compile cannot trace through its own backward pass.
+    ttt_scan = torch.compiler.disable(ttt_scan)
 
 LN_EPS = 1e-6
 
@@ -56,6 +59,7 @@ class TTTCache:
     """
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, config: TTTConfig):
         self.layers = [LayerCache() for _ in range(config.num_hidden_layers)]
@@ -85,8 +89,12 @@ class TTTCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        rows = torch.arange(len(self.position_B)).repeat_interleave(repeats)
-        self.reorder_cache(rows.to(self.layers[0].state[0].device))
+        rows = torch.arange(len(self.position_B), device="cpu").repeat_interleave(repeats)
+        self.reorder_cache(rows)
+
+    def crop(self, *_) -> None:
+        """What assisted decoding asks of a cache."""
+        raise ValueError("a TTTCache cannot go back: no assisted decoding")
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors held."""
@@ -117,7 +125,7 @@ class Span:
         start_B = self.start_B
         if (start_B == start_B[0]).all():
             start_B = start_B[:1]
-        return (start_B[:, None] + torch.arange(self.length)) % mini_batch_size
+        return (start_B[:, None] + torch.arange(self.length, device="cpu")) % mini_batch_size
 
 
 # --- The inner loop
@@ -192,7 +200,7 @@ def scan(q, k, v, lam, tau_K, gamma, beta, state, sums, span: Span):
         slots_BN = offset_B[:, None]
     else:
         slots = -(-(int(offset_B.max()) + L) // K) * K
-        slots_BN = torch.arange(slots).expand(len(offset_B), -1)
+        slots_BN = torch.arange(slots, device="cpu").expand(len(offset_B), -1)
     token_BN = slots_BN - offset_B[:, None]
     held_BN = (token_BN >= 0) & (token_BN < span.lengths_B[:, None])
     closing_BN = held_BN & (slots_BN % K == K - 1)
@@ -217,7 +225,7 @@ def scan(q, k, v, lam, tau_K, gamma, beta, state, sums, span: Span):
             sums = tuple((1 - moved) * S for S in sums)
     output = torch.cat(outputs, dim=2)
     if moved_over:
-        output = gather_tokens(output, offset_B[:, None] + torch.arange(L))
+        output = gather_tokens(output, offset_B[:, None] + torch.arange(L, device="cpu"))
     return output, state, sums
 
 
@@ -243,14 +251,21 @@ class TTTRMSNorm(nn.Module):
         return normalised.to(x.dtype) * self.weight
 
 
-def causal_conv(conv: nn.Conv1d, x_BLD: Tensor, tail_BWD: Tensor) -> Tensor:
-    """Depthwise causal convolution of tokens that come after the inputs in `tail_BWD`."""
-    dtype = wide(x_BLD.dtype)
-    padded = torch.cat([tail_BWD, x_BLD], dim=1).to(dtype)
-    out = conv.bias.to(dtype)
-    for shift, weight_D in enumerate(conv.weight.to(dtype).squeeze(1).t()):
-        out = torch.addcmul(out, padded[:, shift : shift + x_BLD.shape[1]], weight_D)
-    return out.to(x_BLD.dtype)
+class CausalConv(nn.Conv1d):
+    """Depthwise causal convolution of tokens that come after others."""
+
+    def __init__(self, config: TTTConfig):
+        D = config.hidden_size
+        super().__init__(D, D, config.conv_kernel, groups=D)
+
+    def forward(self, x_BLD: Tensor, tail_BWD: Tensor) -> Tensor:
+        """tail_BWD: the last inputs before `x_BLD`, one less than the kernel is wide."""
+        dtype = wide(x_BLD.dtype)
+        padded = torch.cat([tail_BWD, x_BLD], dim=1).to(dtype)
+        out = self.bias.to(dtype)
+        for shift, weight_D in enumerate(self.weight.to(dtype).squeeze(1).t()):
+            out = torch.addcmul(out, padded[:, shift : shift + x_BLD.shape[1]], weight_D)
+        return out.to(x_BLD.dtype)
 
 
 def read_tail(cache: LayerCache | None, name: str, x_BLD: Tensor, width: int, span: Span) -> Tensor:
@@ -260,16 +275,10 @@ def read_tail(cache: LayerCache | None, name: str, x_BLD: Tensor, width: int, sp
         tail = x_BLD.new_zeros((len(x_BLD), width - 1, x_BLD.shape[-1]))
     if cache is not None:
         joined = torch.cat([tail, x_BLD], dim=1)
-        index = span.lengths_B[:, None] + torch.arange(width - 1)
+        index = span.lengths_B[:, None] + torch.arange(width - 1, device="cpu")
         index = index.to(x_BLD.device)[..., None].expand(-1, -1, x_BLD.shape[-1])
         cache.tails[name] = joined.gather(1, index)
     return tail
-
-
-def depthwise(config: TTTConfig) -> nn.Conv1d:
-    """A parameter holder; `causal_conv` does the work."""
-    D = config.hidden_size
-    return nn.Conv1d(D, D, config.conv_kernel, groups=D, padding=config.conv_kernel - 1)
 
 
 class TTTPreConv(nn.Module):
@@ -278,12 +287,12 @@ class TTTPreConv(nn.Module):
     def __init__(self, config: TTTConfig):
         super().__init__()
         self.norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.conv = depthwise(config)
+        self.conv = CausalConv(config)
 
     def forward(self, h_BLD: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
         x = self.norm(h_BLD)
         tail = read_tail(cache, "conv", x, self.conv.kernel_size[0], span)
-        return h_BLD + causal_conv(self.conv, x, tail)
+        return h_BLD + self.conv(x, tail)
 
 
 def without_autocast(method):
@@ -309,7 +318,7 @@ class TTTMixer(nn.Module):
         self.v_proj = nn.Linear(D, D, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
         if config.share_qk:
-            self.conv_q, self.conv_k = depthwise(config), depthwise(config)
+            self.conv_q, self.conv_k = CausalConv(config), CausalConv(config)
         else:
             self.k_proj = nn.Linear(D, D, bias=False)
         if config.use_gate:
@@ -331,7 +340,7 @@ class TTTMixer(nn.Module):
         q = self.q_proj(x_BLD)
         if self.config.share_qk:
             tail = read_tail(cache, "conv_qk", q, self.config.conv_kernel, span)
-            q, k = causal_conv(self.conv_q, q, tail), causal_conv(self.conv_k, q, tail)
+            q, k = self.conv_q(q, tail), self.conv_k(q, tail)
         else:
             k = self.k_proj(x_BLD)
         q, k, v = (self._split_heads(x) for x in (q, k, self.v_proj(x_BLD)))
@@ -483,7 +492,7 @@ class TTTPreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
                 continue
-            if isinstance(module, nn.Conv1d) and name == "weight":
+            if isinstance(module, CausalConv) and name == "weight":
                 sigma = parameter.shape[-1] ** -0.5 / 0.87962566103423978
                 nn.init.trunc_normal_(parameter, 0.0, sigma, -2 * sigma, 2 * sigma)
             elif isinstance(module, nn.Linear | nn.Embedding) or name in (
@@ -519,46 +528,84 @@ class TTTModel(TTTPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids [B, L] -> last hidden state [B, L, D], and the cache for the tokens to come.
 
         attention_mask [B, L] or [B, tokens before + L]: 0 at padding, on either side. Padding
-        leaves a row's state, convolutions and position as they are.
+        leaves a row's state, convolutions and position as they are. position_ids say nothing that
+        the mask does not; they are refused where they start anew within a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         h_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         cache = past_key_values
+        check_cache(cache, len(h_BLD))
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:  # which would have moved on when a layer runs again
+                raise ValueError(
+                    "gradient checkpointing cannot go on from past_key_values: leave them out, or "
+                    "call gradient_checkpointing_disable()"
+                )
+            use_cache = False
         if cache is None and use_cache:
             cache = TTTCache(self.config)
         span, order_BL = plan_span(h_BLD, attention_mask, cache)
+        if position_ids is not None:
+            refuse_packing(position_ids, attention_mask)
         if order_BL is not None:
             h_BLD = reordered(h_BLD, order_BL)
 
         hidden = []
         for i, layer in enumerate(self.layers):
-            hidden.append(h_BLD)
+            if output_hidden_states:
+                hidden.append(h_BLD)
             h_BLD = layer(h_BLD, span, None if cache is None else cache.layers[i])
         if cache is not None:
             cache.columns += span.length
             cache.position_B = span.start_B + span.lengths_B
-        h_BLD = self.norm(h_BLD)
-        hidden.append(h_BLD)
+        hidden.append(self.norm(h_BLD))
         if order_BL is not None:
             back_BL = order_BL.argsort(1)
-            h_BLD = reordered(h_BLD, back_BL)
-            hidden = [reordered(h, back_BL) for h in hidden] if output_hidden_states else hidden
+            hidden = [reordered(h, back_BL) for h in hidden]
         output = BaseModelOutputWithPast(
-            last_hidden_state=h_BLD,
+            last_hidden_state=hidden[-1],
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
+
+
+def check_cache(cache: TTTCache | None, B: int) -> None:
+    """Refuse a cache of another kind of model, and one that did not read these rows."""
+    if cache is None:
+        return
+    if not isinstance(cache, TTTCache):
+        raise ValueError(f"past_key_values is {type(cache)}: give {TTTCache}, or leave it out")
+    if cache.position_B is not None and len(cache.position_B) != B:
+        raise ValueError(
+            f"past_key_values has read {len(cache.position_B)} rows: go on with as many, not {B}"
+        )
+
+
+def refuse_packing(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse several documents in a row: the state would go on from one to the next."""
+    broken = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:  # at padding they may be anything
+        held = attention_mask[:, -position_ids.shape[-1] :].bool()
+        broken = broken & held[:, 1:] & held[:, :-1]
+    if broken.any():
+        raise ValueError(
+            "position_ids do not count up by one within a row: packed documents are not "
+            "supported, give each a row of its own"
+        )
 
 
 def plan_span(
@@ -631,19 +678,24 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids [B, L] -> logits [B, L, V]; with labels [B, L] the next-token loss too.
 
         logits_to_keep: 0 for all positions, n for the last n. The rest as in `TTTModel`.
         """
+        if return_dict is None:
+            return_dict = self.config.return_dict
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -658,31 +710,55 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: TTTCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
         use_cache: bool | None = True,
         **kwargs,
     ) -> dict:
-        """The columns that the cache has not read yet."""
+        """The columns that the cache has not read yet.
+
+        The ids may be all of a sequence, or those that are new to the cache; a mask is over all.
+        transformers drops a mask of ones, and says how many columns are new, or that all are.
+        """
+        check_cache(past_key_values, len(input_ids))
         if past_key_values is None and use_cache:
             past_key_values = TTTCache(self.config)
-        inputs = {"past_key_values": past_key_values, "use_cache": use_cache}
         read = 0 if past_key_values is None else past_key_values.columns
-        if inputs_embeds is not None and read == 0:
-            inputs["inputs_embeds"] = inputs_embeds
+        name, tokens = "input_ids", input_ids
+        if inputs_embeds is not None and read < inputs_embeds.shape[1]:
+            name, tokens = "inputs_embeds", inputs_embeds
+        given = tokens.shape[1]
+        if attention_mask is not None:
+            new = attention_mask.shape[1] - read
+        elif next_sequence_length is not None:
+            new = next_sequence_length
         else:
-            if inputs_embeds is not None and input_ids.shape[1] <= read:
-                read = input_ids.shape[1] - 1
-            inputs["input_ids"] = input_ids[:, read:]
-        inputs["attention_mask"] = attention_mask
-        inputs["logits_to_keep"] = kwargs.get("logits_to_keep", 0)
-        return inputs
+            new = given if is_first_iteration else given - read
+        if not 0 < new <= given <= new + read:
+            raise ValueError(
+                f"{name} has {given} columns, past_key_values has read {read}: give a sequence "
+                "that is longer, or its new part and an attention_mask over the whole"
+            )
+        if attention_mask is not None:
+            held = attention_mask[:, -new:].bool()
+            if (held.any(1) & ~held[:, -1]).any():
+                raise ValueError("attention_mask ends in padding: pad on the left to generate")
+        return {
+            name: tokens[:, -new:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_hidden_states": kwargs.get("output_hidden_states"),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
+        }
 
 
 __all__ = ["TTTCache", "TTTForCausalLM", "TTTModel", "TTTPreTrainedModel"]

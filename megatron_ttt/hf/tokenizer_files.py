@@ -17,7 +17,7 @@ from megatron_ttt.data.tokenizer import SentencePieceTokenizer
 from megatron_ttt.errors import UserError
 
 _UNIGRAM, _BPE = 1, 2
-_NORMAL, _USER_DEFINED = 1, 4
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 _OWN = 16
 """So many of a model's own pieces are looked at; it may have hundreds, of one kind."""
 _SAMPLES = (
@@ -40,7 +40,7 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     """
     sentencepiece = SentencePieceTokenizer(source)
     tokenizer, special = convert(source)
-    for text in (*_SAMPLES, *_samples_of_own_pieces(_read(source))):
+    for text in (*_SAMPLES, *_samples_of_own_pieces(_read(source), special)):
         ids = sentencepiece.encode(text)
         if (got := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
             raise UserError(
@@ -73,8 +73,7 @@ def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
             byte_fallback=trainer.byte_fallback,
         )
     elif trainer.model_type == _UNIGRAM:
-        scored = [(piece.piece, piece.score) for piece in proto.pieces]
-        model = models.Unigram(scored, trainer.unk_id, trainer.byte_fallback)
+        model = models.Unigram(_scores(proto), trainer.unk_id, trainer.byte_fallback)
     else:
         raise UserError(f"{source} is neither a BPE nor a unigram model")
     tokenizer = Tokenizer(model)
@@ -127,11 +126,34 @@ def _read(source: Path):
     return proto
 
 
-def _samples_of_own_pieces(proto) -> list[str]:
-    """With pieces that its trainer was told to keep whole, at every place in a text."""
-    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+def _samples_of_own_pieces(proto, special: dict[str, str]) -> list[str]:
+    """With pieces that its trainer was told to keep whole, at every place in a text, and with what
+    a text may spell without meaning the piece."""
+
+    def pieces(kind: int) -> list[str]:
+        own = [piece.piece for piece in proto.pieces if piece.type == kind]
+        return [piece for piece in own if piece not in special.values()][:_OWN]
+
+    own = pieces(_USER_DEFINED) + pieces(_CONTROL) + pieces(_BYTE)[-1:]
     texts = ("x{}y", "{}x", "x {} y", "x{}", "x\n{} y")
-    return [text.format(piece.replace("▁", " ")) for piece in own[:_OWN] for text in texts]
+    return [text.format(piece.replace("▁", " ")) for piece in own for text in texts]
+
+
+def _scores(proto) -> list[tuple[str, float]]:
+    """A unigram model's pieces, scored so that a text never becomes a control piece or a byte's
+    name: SentencePiece does not look for those, `tokenizers` knows all pieces alike.
+
+    They score 0, and every character of another piece is worth more than they are. That is the
+    same for each way to cut a text, so it decides nothing among those pieces. A character without
+    a piece, which `tokenizers` scores 10 below the lowest, stays below them.
+    """
+    spelled = [piece.type in (_NORMAL, _USER_DEFINED) for piece in proto.pieces]
+    longest = max(len(p.piece) for p, is_spelled in zip(proto.pieces, spelled) if not is_spelled)
+    worth = 10 * longest + 1 - min(piece.score for piece in proto.pieces)
+    return [
+        (piece.piece, piece.score + worth * len(piece.piece) if is_spelled else 0.0)
+        for piece, is_spelled in zip(proto.pieces, spelled)
+    ]
 
 
 def _merges(proto) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ def verify(
         dtypes.add(ours.dtype)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     _verify_outputs(model, lambda name: cast(read_ours(name)), read_official, dtype)
+
+
+def verify_configuration(model: ModelConfig, folder: Path) -> None:
+    """Raise UserError unless transformers loads what an export has beside its weights."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    from megatron_ttt.hf.configuration_ttt import TTTConfig
+
+    for kind in (TTTConfig if model.is_ttt else LlamaConfig, GenerationConfig):
+        try:
+            kind.from_pretrained(folder)
+        except Exception as error:  # transformers lets out whatever its checks run into
+            raise UserError(
+                f"verification failed: transformers cannot load the export's {kind.__name__}: "
+                f"{' '.join(str(error).split())}; nothing was published"
+            ) from None
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -150,8 +150,7 @@ def test_the_transformer_baseline_is_a_llama(layout, layouts, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert type(model).__name__ == "LlamaForCausalLM"
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)
-    # Transformers would not train the row of a pad id.
-    assert model.generation_config.pad_token_id == 2 and model.model.padding_idx is None
+    assert model.generation_config.eos_token_id is None  # no tokenizer says which it is
     import_directory(tmp_path / "hf", tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "hf2")
     assert same(weights(tmp_path / "hf2"), exported)
@@ -196,6 +195,34 @@ def test_mixed_dtypes_bin_files_heads_and_shards(tmp_path):
     assert same({name: loaded[name].data for name in parameters}, parameters)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "wide", dtype="float32")
     assert {tensor.dtype for tensor in weights(tmp_path / "wide").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["ttt", "llama"])
+def test_several_ends_of_text(kind, layouts, tmp_path, monkeypatch):
+    """One of them pads. Nothing is published that transformers could not load."""
+    from transformers import GenerationConfig
+
+    source = tmp_path / "source"
+    if kind == "ttt":
+        write_official(source, *random_official("linear", "transformer", layers=1))
+    else:
+        export_checkpoint(layouts.folder / "llama-one" / "checkpoint-1", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 3]}))
+    import_directory(source, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
+    loaded = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (loaded.eos_token_id, loaded.pad_token_id) == ([2, 3], 2)
+    # Transformers would not train the row of a pad id.
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    assert written["pad_token_id"] == (2 if kind == "ttt" else None)
+
+    write_json = exporter._write_json
+    bad = {"pad_token_id": [2, 3]}
+    monkeypatch.setattr(exporter, "_write_json", lambda path, tree: write_json(path, tree | bad))
+    with pytest.raises(UserError, match=r"cannot load the export's .*Config: .*; nothing was"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_verification_names_the_first_module_and_publishes_nothing(imported, tmp_path, monkeypatch):

@@ -5,13 +5,17 @@ transformers 4.57 too.
 """
 
 import copy
+import re
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from harness import random_official, read_golden, relative, section
+from transformers.cache_utils import Cache, DynamicCache
 
 from megatron_ttt.hf import modeling_ttt
 from megatron_ttt.hf.configuration_ttt import TTTConfig
@@ -180,6 +184,145 @@ def test_sampling_and_beams_with_and_without_the_cache():
     assert torch.equal(*beams)
 
 
+def cached(model: TTTForCausalLM, ids: torch.Tensor) -> TTTCache:
+    """A cache that has read `ids`."""
+    cache = TTTCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_generation_goes_on_from_a_cache():
+    """With all ids or the new ones, or embeddings; in pieces; padded on the left."""
+    model, ids = golden_model("mlp_mamba")
+    ids, ones = ids[:, :21], torch.ones_like(ids[:, :21])
+    padded = ones.clone()
+    padded[0, :7] = 0
+    embeds = model.get_input_embeddings()(ids).detach()
+    for mask in (ones, padded):
+        best = model.generate(ids, attention_mask=mask, **GREEDY)[:, 21:]
+
+        def check(read, *arguments, best=best, mask=mask, **options):
+            cache = TTTCache(model.config)
+            if read:
+                with torch.no_grad():
+                    model(ids[:, :read], attention_mask=mask[:, :read], past_key_values=cache)
+            options |= {"past_key_values": cache, "attention_mask": mask}
+            assert torch.equal(model.generate(*arguments, **options, **GREEDY)[:, -4:], best)
+
+        for read in (5, 20):
+            check(read, ids)
+            check(read, ids[:, read:])
+            check(read, inputs_embeds=embeds)
+        check(5, ids, use_cache=False)
+        check(0, ids, prefill_chunk_size=6)
+        check(0, inputs_embeds=embeds)
+
+
+def test_generation_from_what_does_not_fit_the_cache_is_refused():
+    model, ids = golden_model("linear_transformer")
+    ids, options = ids[:, :21], dict(GREEDY)
+    for length in (16, 21):
+        with pytest.raises(
+            ValueError, match=f"{length} columns, past_key_values has read 21: give"
+        ):
+            model.generate(ids[:, :length], past_key_values=cached(model, ids), **options)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids, attention_mask=mask, **options)
+    with pytest.raises(ValueError, match="has read 2 rows: go on with as many, not 1"):
+        model(ids[:1], past_key_values=cached(model, ids))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"DynamicCache.*give .*TTTCache"):
+            call(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="no assisted decoding"):
+        cached(model, ids).crop(-1)
+
+
+def test_the_cache_has_what_generation_reads_of_one():
+    folder = Path(transformers.__file__).parent / "generation"
+    code = "".join((folder / f"{name}.py").read_text() for name in ("utils", "candidate_generator"))
+    read = set(re.findall(r"(?:cache|past_key_values)\.(\w+)", code))
+    properties = {name for name in read if isinstance(getattr(Cache, name, None), property)}
+    assert "is_compileable" in properties
+    assert properties <= set(dir(TTTCache))
+
+
+def test_generation_gives_hidden_states():
+    model, ids = golden_model("linear_mamba")
+    layers = model.config.num_hidden_layers
+    out = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    assert [len(states) for states in out.hidden_states] == [layers + 1] * 4
+    assert out.hidden_states[0][-1].shape[:2] == ids.shape
+    assert model(ids).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == len(model.model(ids).hidden_states) == layers + 1
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple) and isinstance(model.model(ids), tuple)
+    assert torch.equal(model.generate(ids, **GREEDY), out.sequences)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@torch.no_grad()
+def test_offloaded_weights(place, tmp_path):
+    """Every weight is the one of a module that is called, which is where accelerate fetches it."""
+    from accelerate import cpu_offload, disk_offload
+
+    model, ids = golden_model("mlp_mamba")
+    logits = model(ids).logits
+    if place == "cpu":
+        cpu_offload(model, "cpu")
+    else:
+        disk_offload(model, tmp_path, "cpu")
+    assert model.model.layers[0].conv.conv.weight.device.type == "meta"
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_compiled():
+    model = build(*random_official("linear", "transformer", layers=1))
+    ids = torch.arange(40)[None]
+    compiled = torch.compile(model, backend="eager")
+    logits, gradients = [], []
+    for call in (model, compiled):
+        with torch.no_grad():
+            logits.append(call(ids, use_cache=True).logits)
+        model.zero_grad()
+        call(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert relative(*logits) < 1e-9
+    assert all(relative(*pair) < 1e-9 for pair in zip(*gradients))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_another_default_device(either_scan):
+    model, ids = golden_model("mlp_mamba")
+    full, cache = model(ids).logits, cached(model, ids[:, :5])
+    with torch.device("meta"):
+        assert torch.equal(model(ids).logits, full)
+        cache.batch_repeat_interleave(2)
+        rest = ids[:, 5:].repeat_interleave(2, 0)
+        logits = model(rest, past_key_values=cache).logits
+    assert relative(logits[::2], full[:, 5:]) < 1e-9
+
+
+def test_packed_documents_are_refused():
+    model, ids = golden_model("linear_transformer")
+    ids = ids[:, :12]
+    mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 10 + [0] * 2])
+    for padding in (0, 1):
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, padding)
+        model(ids, attention_mask=mask, position_ids=positions)
+    model(ids, position_ids=torch.arange(12)[None])
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with pytest.raises(ValueError, match="packed documents are not supported"):
+        model(ids, position_ids=packed)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_autocast_leaves_the_inner_loop_alone(kind, either_scan, monkeypatch):
@@ -281,6 +424,19 @@ def test_trainer_learns_with_gradient_checkpointing(tmp_path, either_scan):
     for name, gradient in gradients[False].items():
         assert gradient.abs().sum() > 0, name
         assert relative(gradients[True][name], gradient) < 1e-5, name
+
+
+def test_gradient_checkpointing_and_a_cache():
+    model, ids = golden_model("linear_transformer")
+    greedy = model.generate(ids, **GREEDY)
+    model.gradient_checkpointing_enable()
+    model.train()
+    for cache in (cached(model, ids[:, :5]), TTTCache(model.config)):
+        with pytest.raises(ValueError, match="gradient checkpointing cannot go on from past"):
+            model(ids, past_key_values=cache)
+    assert model(ids, use_cache=True).past_key_values is None
+    # Nothing runs again where there is no gradient.
+    assert torch.equal(model.generate(ids, **GREEDY), greedy)
 
 
 def test_a_wrong_configuration_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import tokenizers
 import torch
 from harness import ROOT, Job, random_official, run, torchrun, write_official
 
+from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
+from megatron_ttt.data.identity import fingerprints
 from megatron_ttt.data.indexed import IndexedWriter
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer
 from megatron_ttt.errors import UserError
@@ -95,6 +98,40 @@ def test_a_tokenizer_that_does_not_fit_is_refused(models, tmp_path):
     with pytest.raises(UserError, match=f"{size} pieces"):
         export_checkpoint(models / "checkpoint", tmp_path / "hf", tokenizer_model=large)
     assert not (tmp_path / "hf").exists()
+
+
+def trained_with(tokenizer: Path, source: Path, folder: Path) -> Path:
+    """The checkpoint as a run with this tokenizer would have left it."""
+    shutil.copytree(source, folder)
+    state = json.loads((folder / "state.json").read_text())
+    del state["official"]
+    state["config"]["data"] = {"tokenizer_model": str(tokenizer)}
+    state["data"] = fingerprints([tokenizer])
+    (folder / "state.json").write_text(json.dumps(state))
+    write_manifest(folder, {name: describe(folder / name) for name in folder_files(folder)})
+    return folder
+
+
+def test_the_tokenizer_is_the_one_trained_with(spm, models, tmp_path, capsys):
+    model = tmp_path / "tokenizer.model"
+    shutil.copyfile(spm["bpe"], model)
+    checkpoint = trained_with(model, models / "checkpoint", tmp_path / "checkpoint")
+    export_checkpoint(checkpoint, tmp_path / "default")
+    assert (tmp_path / "default/tokenizer.model").read_bytes() == model.read_bytes()
+    shutil.copyfile(spm["unigram"], model)
+    with pytest.raises(
+        UserError, match=rf"{model} is no longer the tokenizer .* --tokenizer-model"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "changed")
+    export_checkpoint(checkpoint, tmp_path / "same", tokenizer_model=spm["bpe"])
+    assert capsys.readouterr().err == ""
+    export_checkpoint(checkpoint, tmp_path / "other", tokenizer_model=model)
+    assert capsys.readouterr().err.startswith(f"Warning: {model} is not the tokenizer that")
+    model.unlink()
+    export_checkpoint(checkpoint, tmp_path / "gone")
+    assert "has no tokenizer, give it with --tokenizer-model" in capsys.readouterr().err
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "gone" / file).read_text())["eos_token_id"] is None
 
 
 def generate(*arguments) -> str:
@@ -197,6 +234,21 @@ def test_pieces_of_a_model_s_own_are_reproduced_or_refused(kind, prefix, tmp_pat
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in (TEXT, "a <sep>b<sep> c", "<sep>"):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_text_never_becomes_a_control_piece_or_a_byte(kind, tmp_path):
+    """Whether the tokenizer has pieces for its characters or not: TEXT holds no < and >."""
+    from transformers import AutoTokenizer
+
+    symbols = ["<sep>", "inner", "the_"]
+    model = train(tmp_path / "own", kind, control_symbols=symbols, **AS_IT_IS)
+    write_tokenizer(model, tmp_path, 48)
+    ours, theirs = SentencePieceTokenizer(model), AutoTokenizer.from_pretrained(tmp_path)
+    names = {theirs.convert_tokens_to_ids(name) for name in (*symbols, "<0x41>")}
+    for text in ("<sep>", "the_inner<sep> model", "x <0x41>y", "<0x4"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text) and not names & set(ids), text
 
 
 @pytest.mark.parametrize(

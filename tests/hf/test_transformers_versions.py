@@ -42,4 +42,6 @@ def test_the_model_works_with_transformers_4_57():
 
 
 # What goes through transformers; the arithmetic of the splits is torch's alone.
-CASES = "batch_of_unequal or sampling or saving or trainer or official_logits"
+CASES = (
+    "batch_of_unequal or sampling or saving or trainer or official_logits or generation or cache"
+)
