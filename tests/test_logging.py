@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,20 @@ def test_looking_at_the_inner_loop_changes_nothing(recipe, taken_up_again, tmp_p
     run([*COMMAND, *recipe, f"run.dir={tmp_path}"])
     losses = [(record["loss"], record["grad_norm"]) for record in records(tmp_path)]
     assert losses == [(r["loss"], r["grad_norm"]) for r in records(taken_up_again[0])]
+
+
+def test_saves_do_not_count_in_the_rate(cpu_platform, recipe, tmp_path, monkeypatch):
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    clock, saved = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e6 * len(saved))
+    monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
+    overrides = [*recipe, f"run.dir={tmp_path}", "logging.live=false", "training.log_every=100"]
+    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
+    Trainer(config, cpu_platform).train()
+    assert saved == [3, 6, 8]
+    assert all(record["tokens_per_second"] > 1 for record in records(tmp_path))
 
 
 def test_every_step_once_in_tensorboard(taken_up_again):

@@ -1,9 +1,11 @@
 """Reports of real runs."""
 
 import json
+import math
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from harness import ROOT, run
 from matplotlib.image import imread
 
-from megatron_ttt.report.figures import smoothed
+from megatron_ttt.report.figures import THEMES, draw_loss, png, smoothed
+from megatron_ttt.report.runs import LAST_STEPS, Run
 
 TOOL = [sys.executable, "tools/plot_run.py"]
 STEPS = 6
@@ -114,6 +117,40 @@ def test_a_mistake_is_one_line(runs, tmp_path):
     assert "holds no steps" in error(bad)
     (bad / "config.yaml").write_text("a: [")
     assert "config.yaml is damaged" in error(bad)
+
+
+def made_up(name: str, losses: list[float], validation: float = 3.0) -> Run:
+    steps = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    return Run(name, steps, [{"step": len(steps), "val_loss": validation}], {})
+
+
+def test_the_last_steps_are_the_last_also_where_they_are_no_numbers():
+    assert made_up("a", [5.0, math.nan, 4.0]).last("loss") == 4.5
+    assert math.isnan(made_up("a", [5.0] + [math.nan] * LAST_STEPS).last("loss"))
+    assert made_up("a", [5.0]).last("mfu") is None
+
+
+def test_a_validation_loss_is_in_the_picture():
+    runs = [made_up("a", [4.0] * 50, validation=6.0), made_up("b", [4.0] * 50, math.nan)]
+    (axes,) = draw_loss(runs, THEMES["light"]).axes
+    low, high = axes.get_ylim()
+    assert low < 4.0 and 6.0 < high < 7.0
+
+
+@pytest.mark.parametrize("name", ["_ft", "a$b", "lr$_{$", r"\$x$"])
+def test_a_run_has_its_name_in_the_legend(name):
+    legends = []
+
+    def draw(theme):
+        figure = draw_loss([made_up(name, [4.0, 3.0])], theme)
+        legends.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        return figure
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        png(draw, THEMES["light"])
+    shown, validation = (text.replace(r"\$", "$") for text in legends)
+    assert (shown.lstrip("\u200b"), validation) == (name, "validation")
 
 
 def test_smoothing_is_a_mean_of_what_is_finite():

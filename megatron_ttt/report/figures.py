@@ -86,9 +86,10 @@ def draw_loss(runs: list[Run], theme: Theme) -> Figure:
         steps, losses = run.curve("loss")
         smooth = smoothed(losses)
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=run.name)
-        axes.plot(*run.curve("val_loss"), "o", color=colour, markeredgecolor=theme.paper, ms=6)
-        shown.append(smooth[len(smooth) // 100 :])
+        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=_label(run))
+        validated, validation = run.curve("val_loss")
+        axes.plot(validated, validation, "o", color=colour, markeredgecolor=theme.paper, ms=6)
+        shown += [smooth[len(smooth) // 100 :], validation]
     if any(run.validations for run in runs):
         axes.plot([], [], "o", color=theme.ink, ms=5, alpha=0.6, label="validation")
     _finish(axes, "loss")
@@ -105,7 +106,7 @@ def draw_learning_rate(runs: list[Run], theme: Theme) -> Figure:
     """The outer learning rate."""
     figure, axes = _small()
     for run, colour in _coloured(runs, theme):
-        axes.plot(*run.curve("lr"), color=colour, linewidth=1.8, label=run.name)
+        axes.plot(*run.curve("lr"), color=colour, linewidth=1.8, label=_label(run))
     axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
     return _finish_small(figure, axes, runs, "learning rate")
 
@@ -116,7 +117,7 @@ def draw_throughput(runs: list[Run], theme: Theme) -> Figure:
     for run, colour in _coloured(runs, theme):
         steps, rates = run.curve("tokens_per_second")
         axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(rates), color=colour, linewidth=1.8, label=run.name)
+        axes.plot(steps, smoothed(rates), color=colour, linewidth=1.8, label=_label(run))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     return _finish_small(figure, axes, runs, "tokens a second")
 
@@ -184,6 +185,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     first, last = at - half, np.minimum(at + half + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
+
+
+def _label(run: Run) -> str:
+    """A run's name for matplotlib, which leaves out of a legend what begins with an underscore, and
+    takes what stands between dollars for mathematics."""
+    invisible = "\u200b" if run.name.startswith("_") else ""
+    return invisible + run.name.replace("$", r"\$")
 
 
 def _coloured(runs: list[Run], theme: Theme):

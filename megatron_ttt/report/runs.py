@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ class Run:
         return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
 
     def last(self, key: str) -> float | None:
-        """A figure's mean over the last steps where it is a finite number; None without any."""
-        values = self.curve(key)[1]
-        values = values[np.isfinite(values)][-LAST_STEPS:]
-        return float(values.mean()) if len(values) else None
+        """A figure's mean over the last steps, of its finite numbers: nan without any. None where
+        it was not recorded."""
+        values = self.curve(key)[1][-LAST_STEPS:]
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            return float(finite.mean())
+        return math.nan if len(values) else None
 
     @property
     def inner_layers(self) -> list[str]:
@@ -103,7 +107,7 @@ def final_figures(run: Run) -> dict[str, str]:
     return {
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
-        "loss": "nan" if loss is None else f"{loss:.4f}",
+        "loss": f"{loss:.4f}",
         "best validation loss": f"{np.nanmin(validation):.4f}" if len(validation) else "–",
         "tokens a second": f"{np.median(run.curve('tokens_per_second')[1]):,.0f}",
         "MFU": "–" if mfu is None else f"{mfu:.1%}",

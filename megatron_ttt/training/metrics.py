@@ -35,7 +35,7 @@ class MetricsLog:
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         self.loggers = open_loggers(config, first_step)
         self.live = LiveView.open(config, first_step) if config.logging.live else None
-        self.since, self.steps_since = time.perf_counter(), 0
+        self.restart_rate()
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
         """Record a training step; print the first, the last and every `training.log_every`."""
@@ -54,12 +54,16 @@ class MetricsLog:
         if step % self.log_every == 0 or step in (1, self.last_step):
             if self.live is None:
                 say(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
-            self.since, self.steps_since = time.perf_counter(), 0
+            self.restart_rate()
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss."""
         self._write({"step": step, "val_loss": loss})
         say(f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}")
+        self.restart_rate()
+
+    def restart_rate(self) -> None:
+        """Tokens per second are of the steps from now on; call it after what is no step."""
         self.since, self.steps_since = time.perf_counter(), 0
 
     def flush(self) -> None:
