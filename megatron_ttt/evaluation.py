@@ -29,7 +29,7 @@ from megatron_ttt.checkpoint.state import load_weights
 from megatron_ttt.checkpoint.store import open_checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
-from megatron_ttt.errors import UserError
+from megatron_ttt.errors import UserError, of_rank_0
 from megatron_ttt.hf.configuration import (
     config_with_defaults,
     model_from_official,
@@ -48,8 +48,7 @@ class Evaluator:
     def __init__(self, config: Config, platform, checkpoint: str, dtype: torch.dtype | None):
         self.config, self.device = config, platform.device
         self.chunks = build_chunks(config, core_config(config, platform, dtype))
-        read = open_whole_checkpoint if dist.get_rank() == 0 else open_checkpoint
-        load_weights(read(checkpoint), self.chunks)
+        load_weights(of_rank_0(lambda: open_whole_checkpoint(checkpoint)), self.chunks)
         for chunk in self.chunks:
             chunk.eval()
 
@@ -202,11 +201,17 @@ def measure(evaluator: Evaluator | OfficialEvaluator, config: Config) -> dict[st
     by_position = [t / c if c else None for t, c in zip(total.tolist(), count.tolist())]
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": _perplexity(loss),
         "sequences": int(sequences),
         "targets": int(count.sum()),
         "loss_by_position": by_position,
     }
+
+
+def _perplexity(loss: float) -> float:
+    """inf where it is beyond a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
 
 
 def plot_by_position(loss_by_position: list[float | None], path: Path) -> None:
@@ -222,13 +227,13 @@ def plot_by_position(loss_by_position: list[float | None], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     axes.plot(
         [start + window / 2 for start in edges],
-        [math.exp(np.nanmean(losses[start : start + window])) for start in edges],
+        [_perplexity(np.nanmean(losses[start : start + window])) for start in edges],
         marker="o",
         markersize=3,
     )
     axes.set(xlabel="token position", ylabel="perplexity", xlim=(0, len(losses)))
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     plt.close(figure)
 
 

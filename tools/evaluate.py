@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ttt.errors import UserError, refuse_missing_folders, run_command
@@ -114,12 +116,24 @@ def write_result(arguments: argparse.Namespace, result: dict) -> None:
     from megatron_ttt.evaluation import plot_by_position
 
     model = str(arguments.hf or arguments.checkpoint)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"model": model, **result}, indent=1) + "\n")
     by_position = result.pop("loss_by_position")
+    print(json.dumps(result), flush=True)  # first: what took hours is not lost to a disk
+    if arguments.json:
+        with writing(arguments.json):
+            whole = {"model": model, **result, "loss_by_position": by_position}
+            arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
     if arguments.plot:
-        plot_by_position(by_position, arguments.plot)
-    print(json.dumps(result))
+        with writing(arguments.plot):
+            plot_by_position(by_position, arguments.plot)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file that cannot be written is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_outputs(arguments: argparse.Namespace, evaluator, vocab_size: int) -> None:

@@ -79,7 +79,7 @@ def main() -> None:
             raise UserError(f"{arguments.prompt_ids} holds no tokens: give one or more a row")
         writer.go_on(ids, None)
         return
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config, arguments.checkpoint)
     for text in prompts(arguments):
         writer.go_on(tokenizer.prompt_ids(text), tokenizer)
 
@@ -100,11 +100,13 @@ def prompts(arguments: argparse.Namespace):
             print("> ", end="", flush=True)
 
 
-def open_tokenizer(config):
+def open_tokenizer(config, checkpoint: Path | None):
     """The tokenizer of the training data, which puts BOS before a prompt as training did."""
     import torch
 
+    from megatron_ttt.checkpoint.store import open_checkpoint
     from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+    from megatron_ttt.hf.trained_with import check_trained_with
 
     if config.data.tokenizer_model is None:
         raise UserError("no tokenizer is known: set data.tokenizer_model=FILE.model")
@@ -116,6 +118,15 @@ def open_tokenizer(config):
 
     tokenizer = PromptTokenizer(config.data.tokenizer_model)
     check_vocabulary(tokenizer, config.model.vocab_size)
+    if checkpoint is not None:
+        trained = open_checkpoint(checkpoint)
+        recorded = trained.config.get("data", {}).get("tokenizer_model")
+        check_trained_with(
+            trained,
+            tokenizer.model_path,
+            "data.tokenizer_model=FILE.model",
+            named=config.data.tokenizer_model != recorded,
+        )
     return tokenizer
 
 
@@ -146,9 +157,11 @@ class Writer:
 
         arguments = self.arguments
         torch.manual_seed(arguments.seed)
-        streamer = None
+        streamer, without_piece = None, []
         if tokenizer is not None:
             streamer = TerminalStreamer(tokenizer)
+            # The model may have more rows than the tokenizer has pieces.
+            without_piece = list(range(tokenizer.vocab_size, self.network.config.vocab_size))
         sampling = {"do_sample": False}
         if not arguments.greedy:
             sampling = {
@@ -164,6 +177,7 @@ class Writer:
             max_new_tokens=arguments.max_new_tokens,
             eos_token_id=tokenizer.eos_id if tokenizer and tokenizer.eos_id >= 0 else None,
             pad_token_id=0,
+            suppress_tokens=without_piece or None,
             streamer=streamer,
             **sampling,
         ).cpu()

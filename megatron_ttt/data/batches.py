@@ -14,9 +14,16 @@ from torch.utils.data import Dataset
 from megatron_ttt.config import Config
 from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
 from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
+from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.sampling import TokenLoader
-from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megatron_ttt.errors import UserError
+from megatron_ttt.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    config_path,
+    default_backend,
+    load_tokenizer,
+)
+from megatron_ttt.errors import UserError, of_rank_0
 from megatron_ttt.platform import CUDA
 
 
@@ -72,6 +79,10 @@ def open_data(config: Config, *, train: bool = True) -> Data:
     if data.tokenizer_model is not None:
         tokenizer = load_tokenizer(data.tokenizer_model)
         check_vocabulary(tokenizer, config.model.vocab_size)
+        prefixes = _prefixes(data.train if train else [], data.validation)
+        of_rank_0(
+            lambda: [check_made_with(p, tokenizer, config.model.vocab_size) for p in prefixes]
+        )
     elif data.train or data.validation:
         raise UserError("data.tokenizer_model is not set: name the model the data was made with")
 
@@ -96,9 +107,10 @@ def data_files(config: Config) -> list[Path]:
     """The files that decide what a run trains and validates on."""
     data = config.data
     files = [Path(path) for path in (data.fixed_batches, data.tokenizer_model) if path]
-    for blend in filter(None, (_blend(data.train), _blend(data.validation))):
-        for prefix in parse_blend(blend)[0]:
-            files += [bin_path(prefix), idx_path(prefix)]
+    if data.tokenizer_model and default_backend(data.tokenizer_model) == "huggingface":
+        files.append(config_path(data.tokenizer_model))
+    for prefix in _prefixes(data.train, data.validation):
+        files += [bin_path(prefix), idx_path(prefix)]
     return files
 
 
@@ -112,6 +124,11 @@ def _fixed_batches(config: Config) -> FixedBatches:
         if here != there:
             raise UserError(f"training.{key}={here}, but {path} holds batches of {there}: set that")
     return batches
+
+
+def _prefixes(*entries: list[str]) -> list[str]:
+    """The datasets of some blends as they are configured."""
+    return [prefix for blend in map(_blend, entries) if blend for prefix in parse_blend(blend)[0]]
 
 
 def _blend(entries: list[str]) -> list[str | float] | None:
@@ -152,4 +169,6 @@ def _validation_samples(config: Config, blend: list[str | float] | None) -> int:
 
 def _masked_id(config: Config, tokenizer: Tokenizer | None) -> int | None:
     bos_id = config.data.bos_id if tokenizer is None else tokenizer.bos_id
-    return bos_id if config.data.mask_bos and bos_id >= 0 else None
+    # One token may be both: a model that is not taught it after a document never learns to stop.
+    ends_documents = tokenizer is not None and bos_id == tokenizer.eos_id
+    return bos_id if config.data.mask_bos and bos_id >= 0 and not ends_documents else None

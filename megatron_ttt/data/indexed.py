@@ -201,3 +201,12 @@ def check_indexed(prefix: str | Path) -> IndexedInfo:
     if bin_size != expected:
         raise UserError(f"{bin_} has {bin_size} bytes where its .idx says {expected}; {_REMEDY}")
     return IndexedInfo(index.dtype, sequences, documents - 1, bin_size // index.dtype.itemsize)
+
+
+def check_ids(prefix: str | Path, ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids of a pair that are outside the vocabulary."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(
+            f"{bin_path(prefix)} holds token ids outside 0..{vocab_size - 1}; it was made with "
+            "another tokenizer: run the preprocessing again"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ttt.data.indexed import Index, bin_path, check_indexed
+from megatron_ttt.data.provenance import check_control_ids
 from megatron_ttt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ttt.data.workspace import Workspace
 from megatron_ttt.errors import UserError
@@ -23,6 +24,10 @@ class Dataset:
     index: Index
     tokens: np.ndarray
     entry: dict
+
+    @property
+    def documents(self) -> int:
+        return len(self.index.documents) - 1
 
     def document(self, number: int) -> np.ndarray:
         """The token ids of a document; none for an empty one."""
@@ -59,12 +64,7 @@ def run_tokenizer(final: dict, tokenizer_model: str | None) -> Tokenizer:
     tokenizer = load_tokenizer(path, final["options"]["backend"])
     if tokenizer.sha256 != final["options"]["tokenizer"]:
         raise UserError(f"{path} is not the tokenizer of the build; name it: --tokenizer-model")
-    for name in ("bos_id", "eos_id"):
-        if getattr(tokenizer, name) != final["options"][name]:
-            raise UserError(
-                f"{path} has the {name} {getattr(tokenizer, name)}, in the build it was "
-                f"{final['options'][name]}: its tokenizer_config.json has changed"
-            )
+    check_control_ids(tokenizer, final)
     return tokenizer
 
 
@@ -148,12 +148,15 @@ def peek(
     """Some documents of every dataset, decoded, each under a line that says what it is."""
     final, datasets = open_run(output_prefix)
     tokenizer = run_tokenizer(final, tokenizer_model)
+    longest = max(datasets, key=lambda dataset: dataset.documents)
+    if not 0 <= first < longest.documents:
+        raise UserError(
+            f"--first is {first}; {longest.prefix} has documents 0..{longest.documents - 1}"
+        )
     for dataset in datasets:
-        documents = len(dataset.index.documents) - 1
-        if not 0 <= first < documents:
-            raise UserError(
-                f"--first is {first}; {dataset.prefix} has documents 0..{documents - 1}"
-            )
+        documents = dataset.documents
+        if first >= documents:
+            yield f"--- {Path(dataset.prefix).name}: no document {first}, it has {documents}"
         for number in range(first, min(first + count, documents)):
             ids = dataset.document(number)
             yield f"--- {Path(dataset.prefix).name}: document {number}, {len(ids)} tokens"

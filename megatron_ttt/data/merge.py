@@ -83,6 +83,12 @@ def merge_tasks(workspace: Workspace, plan: Plan, on_error: str = "fail") -> dic
             writers.append(IndexedWriter(output.prefix, dtype))
             for shard in output.shards:
                 _append(workspace, shard, output.stream, manifests[shard.url], writers[-1])
+            skipped = [manifests[shard.url]["skipped"] for shard in output.shards]
+            if all(skipped):
+                raise UserError(
+                    f"{output.prefix} would hold nothing: all of its shards, {len(skipped)}, were "
+                    f"skipped, the first as {skipped[0]}; mend them, or give fewer --groups"
+                )
             if writers[-1].tokens == 0:
                 where = f"in the {output.split} split of " if output.split else "in "
                 raise UserError(

@@ -82,12 +82,19 @@ def find_shards(patterns: Sequence[str]) -> list[Shard]:
         if is_remote(pattern):
             matches = _find_remote(pattern)
         else:
-            matches = [local_shard(match) for match in glob.glob(pattern, recursive=True)]
+            # A file may have the characters of a pattern in its name.
+            there = os.path.exists(pattern)
+            paths = [pattern] if there else glob.glob(pattern, recursive=True)
+            matches = [local_shard(path) for path in paths]
         if not matches:
             raise UserError(f"no file matches {pattern!r}; check the path and the quoting")
         shards.update((shard.url, shard) for shard in matches)
     ordered = sorted(shards.values(), key=lambda shard: (shard.name, shard.url))
     for shard in ordered:
+        try:
+            shard.url.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{shard.url!r} is no UTF-8: rename the file or its folder") from None
         if not shard.name.endswith(SUFFIXES):
             raise UserError(
                 f"{shard} is no shard this reader knows; it reads {', '.join(SUFFIXES)}"
@@ -98,11 +105,11 @@ def find_shards(patterns: Sequence[str]) -> list[Shard]:
 def _find_remote(pattern: str) -> list[Shard]:
     with _remote_errors(pattern):
         files, path = fsspec_module().core.url_to_fs(pattern)
-        urls = [files.unstrip_protocol(match) for match in files.glob(path)]
+        urls = [pattern]
         # In an http URL a question mark begins the query.
         wild = "*[" if pattern.startswith("http") else "*[?"
-        if not any(character in pattern for character in wild):
-            urls = [pattern]
+        if any(character in pattern for character in wild) and not files.exists(path):
+            urls = [files.unstrip_protocol(match) for match in files.glob(path)]
         shards = []
         for url in urls:
             # A shard that is named and not there is an error of that shard, met when it is read.

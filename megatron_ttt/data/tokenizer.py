@@ -140,9 +140,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(ids, default=-1) + 1
         names = self._names()
         self.bos_id, self.eos_id, self.pad_id = map(names.get, ("bos", "eos", "pad"))
+        for control_id in {self.bos_id, self.eos_id, self.pad_id} - {-1}:
+            self._refuse_as_text(control_id)
+
+    def _refuse_as_text(self, control_id: int) -> None:
+        """`encode_special_tokens` is of those that the file calls special."""
+        name = self._tokenizer.id_to_token(control_id)
+        if control_id in self.encode(name):
+            raise UserError(
+                f"{self.model_path}: a text that spells the control token {name!r} becomes it; set "
+                '"special": true for it under "added_tokens" there'
+            )
 
     def _names(self) -> dict[str, int]:
-        path = self.model_path.with_name("tokenizer_config.json")
+        path = config_path(self.model_path)
         try:
             config = json.loads(path.read_bytes()) if path.exists() else {}
             if not isinstance(config, dict):
@@ -169,6 +180,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def config_path(model_path: str | Path) -> Path:
+    """The file beside a tokenizer.json that names its control tokens."""
+    return Path(model_path).with_name("tokenizer_config.json")
 
 
 def default_backend(model_path: str | Path) -> str:

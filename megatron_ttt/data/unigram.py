@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ttt.data.indexed import bin_path, check_indexed
-from megatron_ttt.errors import UserError
+from megatron_ttt.data.indexed import bin_path, check_ids, check_indexed
 
 _CHUNK_TOKENS = 1 << 24
 
@@ -29,10 +28,6 @@ def _counts(prefix: str | Path, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         chunk = tokens[start : start + _CHUNK_TOKENS]
-        if chunk.min() < 0 or chunk.max() >= vocab_size:
-            raise UserError(
-                f"{bin_path(prefix)} holds token ids outside 0..{vocab_size - 1}; it was made with "
-                "another tokenizer: run the preprocessing again"
-            )
+        check_ids(prefix, chunk, vocab_size)
         counts += np.bincount(chunk, minlength=vocab_size)
     return counts

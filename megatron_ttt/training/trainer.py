@@ -31,7 +31,7 @@ from megatron_ttt.checkpoint.store import (
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
 from megatron_ttt.data.identity import check_unchanged, fingerprints
-from megatron_ttt.errors import TrainingError, UserError
+from megatron_ttt.errors import TrainingError, UserError, of_rank_0
 from megatron_ttt.hf.background import remove_unfinished
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
@@ -109,17 +109,13 @@ class Trainer:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
-        found = [None]
         self.data_fingerprints = {}
-        if self.is_first_rank:
-            self.data_fingerprints = fingerprints(data_files(self.config))
-            remove_leftovers(self.run_dir)
-            remove_unfinished(self.run_dir)
-            found = [self._choose_checkpoint()]
-        dist.broadcast_object_list(found)
-        return found[0]
+        return of_rank_0(self._choose_checkpoint)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
+        self.data_fingerprints = fingerprints(data_files(self.config))
+        remove_leftovers(self.run_dir)
+        remove_unfinished(self.run_dir)
         load = self.config.checkpoint.load
         checkpoint = find_newest(self.run_dir, say)
         if load == "none" and checkpoint is not None:
@@ -171,12 +167,20 @@ class Trainer:
                 f"{checkpoint.path} was trained with training.global_batch_size={there}; going on "
                 f"with {here} would repeat or skip data"
             )
-        for section, key in (("run", "seed"), ("training", "seq_length")):
+        order = "what it was trained on may come again, other text never"
+        moved = f"unless it is the same under another path, {order}"
+        for section, key, why in (
+            ("run", "seed", order),
+            ("training", "seq_length", order),
+            ("data", "train", moved),
+            ("data", "fixed_batches", moved),
+            ("data", "tokenizer_model", "unless it is the same, ids may stand for other text"),
+        ):
             there, here = checkpoint.config[section][key], to_dict(self.config)[section][key]
             if there != here:
                 say(
                     f"Warning: {checkpoint.path} was trained with {section}.{key}={there}, not "
-                    f"{here}: what it was trained on may come again, other text never"
+                    f"{here}: {why}"
                 )
         if checkpoint.step > self.config.training.steps:
             raise UserError(
@@ -265,6 +269,8 @@ class Trainer:
                 if log is not None:
                     log.flush()
                 self.save()
+                if log is not None:
+                    log.restart_rate()
                 if not at_end and reason is None:
                     reason = self._stop_reason()  # a signal during the save: that was the last
         self.saver.wait()

@@ -79,6 +79,14 @@ def test_tokenizer_config_names_the_control_tokens(tokenizer_json, tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_control_token_that_text_becomes_is_refused(tokenizer_json, tmp_path):
+    content = json.loads(tokenizer_json.read_text())
+    content["added_tokens"][1]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: a text that spells .* '</s>' becomes"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_gigatoken_writes_the_bytes_of_sentencepiece(tokenizer, tmp_path):
     pytest.importorskip("gigatoken")
     write_shard(tmp_path / "c4.json", TEXTS + STRANGE)

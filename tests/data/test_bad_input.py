@@ -113,6 +113,14 @@ def test_a_bad_shard(run, tmp_path, content, reason, capsys):
     assert "1 shards skipped" in capsys.readouterr().err
 
 
+def test_a_group_of_skipped_shards_is_named(run, tmp_path):
+    (tmp_path / "b.json.gz").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"c4-00001-of-00002_text_document would .*b\.json\.gz is t"
+    ):
+        run(tmp_path / "b.json.gz", groups=2, on_error="skip")
+
+
 def test_a_mended_shard_is_read_and_nothing_else_again(run, tmp_path):
     whole = gzip.compress(json_lines())
     (tmp_path / "b.json.gz").write_bytes(whole[:-20])

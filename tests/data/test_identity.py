@@ -53,12 +53,16 @@ def test_a_big_file_is_looked_at_in_places(tmp_path, monkeypatch):
         check_unchanged(begun, fingerprints([path]))
 
 
-def test_the_files_of_a_run():
+@pytest.mark.parametrize(
+    "tokenizer", [["t.model"], ["folder/tokenizer.json", "folder/tokenizer_config.json"]]
+)
+def test_the_files_of_a_run(tokenizer):
     from megatron_ttt.config import load_config
 
-    overrides = ["data.train=[0.3,a,0.7,b]", "data.validation=[c]", "data.tokenizer_model=t.model"]
+    overrides = ["data.train=[0.3,a,0.7,b]", "data.validation=[c]"]
+    overrides.append(f"data.tokenizer_model={tokenizer[0]}")
     config = load_config(["yaml_recipes/debug_cpu.yaml"], overrides)
-    names = ["t.model", "a.bin", "a.idx", "b.bin", "b.idx", "c.bin", "c.idx"]
+    names = [*tokenizer, "a.bin", "a.idx", "b.bin", "b.idx", "c.bin", "c.idx"]
     assert [str(path) for path in data_files(config)] == names
 
 

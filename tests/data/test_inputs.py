@@ -107,6 +107,10 @@ def test_urls_of_fsspec_are_read_and_globbed(tokenizer, tmp_path):
     preprocess(["memory://c4/*.json.gz"], str(tmp_path / "b"), tokenizer.model_path, workers=2)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
     assert len(find_shards([f"file://{tmp_path}/c4.0000?.json"])) == 2
+    write_shard(tmp_path / "c4.0000[1].json", TEXTS)
+    (named,) = find_shards([f"file://{tmp_path}/c4.0000[1].json"])
+    assert named.size == (tmp_path / "c4.0000[1].json").stat().st_size
+    (tmp_path / "c4.0000[1].json").unlink()
     preprocess([f"file://{tmp_path}/c4.0*.json"], str(tmp_path / "c"), tokenizer.model_path)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "c_text_document")
 

@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 from data_helpers import write_shard
@@ -22,6 +23,20 @@ def test_shard_names_come_before_their_directories(tmp_path):
         (tmp_path / name).write_text("{}")
     found = find_shards([f"{tmp_path}/**/*.json"])
     assert [str(shard) for shard in found] == [f"{tmp_path}/b/c4.0.json", f"{tmp_path}/a/c4.1.json"]
+
+
+def test_a_file_that_is_there_is_no_pattern(tmp_path):
+    names = ["part1.jsonl", "part[1].jsonl"]
+    for name in names:
+        write_shard(tmp_path / name, ["text"])
+    assert [s.name for s in find_shards([str(tmp_path / name) for name in names])] == names
+    assert [s.name for s in find_shards([f"{tmp_path}/part[12].jsonl"])] == names[:1]
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.json")).write_text("{}")
+    with pytest.raises(UserError, match=r"/caf\\udce9\.json' is no UTF-8: rename"):
+        find_shards([f"{tmp_path}/*"])
 
 
 def test_plain_shards_read_like_compressed_ones(tmp_path):

@@ -129,6 +129,17 @@ def test_peek_shows_the_source(build, shards):
         list(peek(build, first=250))
 
 
+def test_peek_passes_over_a_dataset_that_is_shorter(shards, tokenizer, tmp_path):
+    prefix = str(tmp_path / "c4")
+    split = {"split": "hash", "validation_fraction": 0.2}
+    preprocess([f"{shards[0]}/*.gz"], prefix, tokenizer.model_path, **split)
+    lines = list(peek(prefix, first=150, count=1))
+    assert lines[0].startswith("--- c4-train_text_document: document 150, ")
+    assert lines[2].startswith("--- c4-validation_text_document: no document 150, it has ")
+    with pytest.raises(UserError, match="c4-train_text_document has documents"):
+        next(peek(prefix, first=250))
+
+
 def test_a_reader_that_stops_early_is_no_error(build):
     command = (
         f"'{sys.executable}' '{TOOL}' peek --output-prefix '{build}' --documents 250 | head -1"
