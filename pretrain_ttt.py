@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 
 from megatron_ttt.config import check_layout, load_config, to_yaml
-from megatron_ttt.errors import UserError, run_command
-from megatron_ttt.training.stopping import EXIT_STOPPED, LAUNCHER_WAS_KILLED, StopRequests
+from megatron_ttt.errors import EXIT_STOPPED, UserError, run_command
+from megatron_ttt.training.stopping import LAUNCHER_WAS_KILLED, StopRequests
 
 
 def parse_arguments() -> argparse.Namespace:

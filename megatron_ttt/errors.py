@@ -12,6 +12,10 @@ T = TypeVar("T")
 RANK_0_FIRST_SECONDS = 10
 
 
+EXIT_STOPPED = 75
+"""Exit code of a run that stopped early and saved (the shell's EX_TEMPFAIL: try again)."""
+
+
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
@@ -41,6 +45,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         rank, code = int(os.environ.get("RANK", "0")), error.exit_code
+        if rank and code == EXIT_STOPPED:
+            return code  # every rank's, and no mistake
         if rank:
             for number in (signal.SIGTERM, signal.SIGHUP):  # how torchrun ends it
                 signal.signal(number, lambda *_: os._exit(code))

@@ -279,7 +279,7 @@ def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
 def official_config(folder: Path, overrides: list[str]) -> Config:
     """The configuration of a Hugging Face directory, under overrides.
 
-    Sequences are as long as it says, and its tokenizer.model is the tokenizer.
+    Sequences are as long as it says; its tokenizer.model, else tokenizer.json, is the tokenizer.
     """
     official = read_official(folder / "config.json")
     length = official.get("max_position_embeddings", 2048)
@@ -287,6 +287,7 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
         "model": dataclasses.asdict(model_from_official(official)),
         "training": {"steps": 1, "precision": "fp32", "seq_length": length, "global_batch_size": 1},
     }
-    if (folder / "tokenizer.model").exists():
-        tree["data"] = {"tokenizer_model": str(folder / "tokenizer.model")}
+    files = (folder / "tokenizer.model", folder / "tokenizer.json")
+    if there := [str(path) for path in files if path.exists()]:
+        tree["data"] = {"tokenizer_model": there[0]}
     return config_with_defaults(tree, folder, overrides)

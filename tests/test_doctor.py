@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import yaml
+from data.data_helpers import write_pair
 from harness import ROOT
 from launch_helpers import Node, script_environment, tiny_overrides, two_nodes
 
@@ -52,6 +55,17 @@ def test_files_of_a_recipe(tmp_path):
     assert problems(check_files(good)) == []
     (tmp_path / "tokens.npy").write_text("no array")
     assert "tokens.npy cannot be read" in problems(check_files(good))[0]
+
+
+def test_data_and_a_tokenizer_that_do_not_belong_together(tmp_path):
+    write_pair(tmp_path / "pair", [np.arange(3, 350)])
+    letters = {chr(ord("a") + i): i for i in range(26)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(letters, [])).save(f"{tmp_path}/tokenizer.json")
+    overrides = [f"data.{key}=[{tmp_path}/pair]" for key in ("train", "validation")]
+    overrides += [f"data.tokenizer_model={tmp_path}/tokenizer.json", "model.vocab_size=300"]
+    recipe = ROOT / "yaml_recipes/ttt_linear_125m.yaml"
+    found = problems(check_files(load_config([recipe], overrides)))
+    assert len(found) == 2 and all("holds token ids outside 0..299" in each for each in found)
 
 
 def two_local_checks(clock=time.time):

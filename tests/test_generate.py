@@ -49,7 +49,9 @@ def test_only_what_the_tokenizer_knows_is_drawn(cpu_platform, model, tmp_path, s
     vars(arguments).update(sampling, json=tmp_path / "out.json")
     config = configuration(model, 4000)
     tokenizer = generate.open_tokenizer(config, None)
-    generate.Writer(arguments, config).go_on(tokenizer.prompt_ids("the license"), tokenizer)
+    generate.Writer(arguments, config).go_on(
+        generate.prompt_ids(tokenizer, "the license"), tokenizer
+    )
     (ids,) = json.loads((tmp_path / "out.json").read_text())["ids"]
     assert max(ids) < tokenizer.vocab_size < 4000
 

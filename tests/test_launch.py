@@ -13,6 +13,7 @@ import psutil
 import pytest
 from harness import ROOT
 from launch_helpers import losses, script_environment, tiny_overrides, wait_until
+from torch.distributed.run import get_args_parser
 
 RECIPE = ["--config", "yaml_recipes/ttt_linear_125m.yaml"]
 SCRIPTS = sorted([*ROOT.rglob("examples/**/*.sh"), *ROOT.glob("examples/**/*.sbatch")])
@@ -97,7 +98,7 @@ def test_refusals():
     assert "NNODES=two" in launch(torchrun, GPUS=1, NNODES="two", expect=2)
     assert "MAX_RESTARTS=many" in launch(torchrun, GPUS=1, MAX_RESTARTS="many", expect=2)
     # Counted GPUs that torch does not see are no reason to train on the CPU.
-    output = launch(torchrun, *RECIPE, CUDA_VISIBLE_DEVICES=0, expect=2)
+    output = launch(torchrun, *RECIPE, CUDA_VISIBLE_DEVICES=99, expect=2)
     assert "run.device=cuda, but torch sees no GPU" in output
     if not shutil.which("nvidia-smi"):
         assert "set GPUS=N" in launch(script, expect=2)
@@ -207,6 +208,9 @@ say("began")
     assert log.read_text().split() in (["began"] * 2 + ["stopped"] * n for n in (1, 2))
 
 
+@pytest.mark.skipif(
+    "--signals-to-handle" not in get_args_parser().format_help(), reason="an older torchrun"
+)
 def test_a_signal_to_every_process_leaves_them_time_to_save(tmp_path):
     """Slurm signals all of a step; torchrun would kill its processes 30 seconds later."""
     saves = """

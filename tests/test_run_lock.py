@@ -15,9 +15,8 @@ import pytest
 from harness import run
 from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, wait_for
 
-from megatron_ttt.errors import UserError
+from megatron_ttt.errors import EXIT_STOPPED, UserError
 from megatron_ttt.training import run_lock
-from megatron_ttt.training.stopping import EXIT_STOPPED
 
 
 def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):

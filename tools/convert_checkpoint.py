@@ -29,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     exporting.add_argument("--output", type=Path, required=True, help="folder to write")
     exporting.add_argument(
-        "--tokenizer-model", type=Path, help="SentencePiece .model (default: the training data's)"
+        "--tokenizer-model",
+        type=Path,
+        help=".model or tokenizer.json (default: the training data's)",
     )
     exporting.add_argument(
         "--dtype",

@@ -81,7 +81,7 @@ def main() -> None:
         return
     tokenizer = open_tokenizer(config, arguments.checkpoint)
     for text in prompts(arguments):
-        writer.go_on(tokenizer.prompt_ids(text), tokenizer)
+        writer.go_on(prompt_ids(tokenizer, text), tokenizer)
 
 
 def prompts(arguments: argparse.Namespace):
@@ -101,22 +101,14 @@ def prompts(arguments: argparse.Namespace):
 
 
 def open_tokenizer(config, checkpoint: Path | None):
-    """The tokenizer of the training data, which puts BOS before a prompt as training did."""
-    import torch
-
+    """The tokenizer of the training data."""
     from megatron_ttt.checkpoint.store import open_checkpoint
-    from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+    from megatron_ttt.data.tokenizer import check_vocabulary, load_tokenizer
     from megatron_ttt.hf.trained_with import check_trained_with
 
     if config.data.tokenizer_model is None:
-        raise UserError("no tokenizer is known: set data.tokenizer_model=FILE.model")
-
-    class PromptTokenizer(SentencePieceTokenizer):
-        def prompt_ids(self, text: str) -> torch.Tensor:
-            bos = [self.bos_id] if self.bos_id >= 0 else []
-            return torch.tensor([bos + self.encode(text)])
-
-    tokenizer = PromptTokenizer(config.data.tokenizer_model)
+        raise UserError("no tokenizer is known: set data.tokenizer_model=FILE")
+    tokenizer = load_tokenizer(config.data.tokenizer_model)
     check_vocabulary(tokenizer, config.model.vocab_size)
     if checkpoint is not None:
         trained = open_checkpoint(checkpoint)
@@ -124,10 +116,18 @@ def open_tokenizer(config, checkpoint: Path | None):
         check_trained_with(
             trained,
             tokenizer.model_path,
-            "data.tokenizer_model=FILE.model",
+            "data.tokenizer_model=FILE",
             named=config.data.tokenizer_model != recorded,
         )
     return tokenizer
+
+
+def prompt_ids(tokenizer, text: str):
+    """The ids of a prompt [1, L], behind BOS as in training."""
+    import torch
+
+    bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    return torch.tensor([bos + tokenizer.encode(text)])
 
 
 class Writer:

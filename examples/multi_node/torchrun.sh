@@ -27,7 +27,7 @@ trap 'rm -rf "$WORKERS"' EXIT
 
 # torchrun would give its processes 30 seconds to save. A signal goes to one of them instead, which
 # lets the others know, and torchrun sees all leave: in a session of its own, and deaf, where it has
-# the option (torch 2.10), to every signal but HUP. Slurm sends its signals to all processes.
+# --signals-to-handle, to every signal but HUP. Slurm sends its signals to all processes.
 export PET_SIGNALS_TO_HANDLE=SIGHUP
 stopping_since=
 torchrun=

@@ -27,7 +27,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.data.tokenizer import Tokenizer
 from megatron_ttt.errors import UserError
 
 Blend = str | Sequence[str | float]
@@ -121,7 +121,7 @@ def build_datasets(
     validation_samples: int,
     seq_length: int,
     seed: int,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     cache_dir: str | Path,
 ) -> tuple[TokenWindows | None, TokenWindows | None]:
     """The training and the validation dataset, of one sample or more; None for a blend of None.
@@ -186,7 +186,7 @@ def _build_split(
     num_samples: int,
     seq_length: int,
     seed: int,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     cache_dir: Path,
 ) -> TokenWindows:
     config = GPTDatasetConfig(
@@ -256,9 +256,7 @@ class _TokenizerStandIn:
     pad: int = -1
 
 
-def _tokenizer_stand_in(
-    tokenizer: SentencePieceTokenizer, prefixes: list[str]
-) -> _TokenizerStandIn:
+def _tokenizer_stand_in(tokenizer: Tokenizer, prefixes: list[str]) -> _TokenizerStandIn:
     # megatron-core names its cached sample indices by the data's path alone. With the data's
     # fingerprint beside the tokenizer's, other data under the same path gets other indices.
     identifiers = {**tokenizer.unique_identifiers, "data": [_fingerprint(p) for p in prefixes]}

@@ -46,7 +46,10 @@ def _final_manifest(prefix: Path) -> dict | None:
     """The manifest beside a pair that lists it as an output of its build."""
     for path in sorted(prefix.parent.glob(f"*{_MANIFEST}")):
         if prefix.name.startswith(path.name.removesuffix(_MANIFEST)):
-            final = load_json(path)
+            try:
+                final = load_json(path)
+            except UserError:
+                continue  # another program's, or half a copy: the ids are still looked at
             if final is not None and prefix.name in final.get("outputs", ()):
                 return final
     return None

@@ -144,13 +144,18 @@ class HuggingFaceTokenizer(Tokenizer):
             self._refuse_as_text(control_id)
 
     def _refuse_as_text(self, control_id: int) -> None:
-        """`encode_special_tokens` is of those that the file calls special."""
+        """`encode_special_tokens` is of those that the file calls special, and not of those that
+        the model has as a piece too."""
         name = self._tokenizer.id_to_token(control_id)
-        if control_id in self.encode(name):
-            raise UserError(
-                f"{self.model_path}: a text that spells the control token {name!r} becomes it; set "
-                '"special": true for it under "added_tokens" there'
-            )
+        if control_id not in self.encode(name):
+            return
+        added = self._tokenizer.get_added_tokens_decoder().get(control_id)
+        remedy = 'set "special": true for it under "added_tokens" there'
+        if added is not None and added.special:
+            remedy = "it is a piece of the model itself: take its SentencePiece file"
+        raise UserError(
+            f"{self.model_path}: a text that spells the control token {name!r} becomes it; {remedy}"
+        )
 
     def _names(self) -> dict[str, int]:
         path = config_path(self.model_path)

@@ -9,16 +9,18 @@ import numpy as np
 
 from megatron_ttt.config import Config
 from megatron_ttt.data.indexed import check_indexed
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+from megatron_ttt.data.provenance import check_made_with
+from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.doctor.findings import Finding
 from megatron_ttt.errors import UserError
 
 
 def check_files(config: Config) -> Iterator[Finding]:
     """Whether each can be read, and whether the data has the tokens that the run will take."""
-    training, data = config.training, config.data
+    training, data, tokenizer = config.training, config.data, None
     if data.tokenizer_model is not None:
-        yield _tokenizer(data.tokenizer_model, config.model.vocab_size)
+        tokenizer, finding = _tokenizer(data.tokenizer_model, config.model.vocab_size)
+        yield finding
     if data.fixed_batches is not None:
         yield _fixed_batches(data.fixed_batches)
     wanted = training.steps * training.global_batch_size * training.seq_length
@@ -26,6 +28,8 @@ def check_files(config: Config) -> Iterator[Finding]:
         for prefix in filter(_is_prefix, entries):
             try:
                 info = check_indexed(prefix)
+                if tokenizer is not None:
+                    check_made_with(prefix, tokenizer, config.model.vocab_size)
             except UserError as error:
                 yield Finding("problem", f"data.{key}", str(error))
                 continue
@@ -46,13 +50,13 @@ def _is_prefix(entry: str) -> bool:
     return False
 
 
-def _tokenizer(path: str, vocab_size: int) -> Finding:
+def _tokenizer(path: str, vocab_size: int) -> tuple[Tokenizer | None, Finding]:
     try:
-        tokenizer = SentencePieceTokenizer(path)
+        tokenizer = load_tokenizer(path)
         check_vocabulary(tokenizer, vocab_size)
     except UserError as error:
-        return Finding("problem", "tokenizer", str(error))
-    return Finding("good", "tokenizer", f"{path}, {tokenizer.vocab_size:,} pieces")
+        return None, Finding("problem", "tokenizer", str(error))
+    return tokenizer, Finding("good", "tokenizer", f"{path}, {tokenizer.vocab_size:,} pieces")
 
 
 def _fixed_batches(path: str) -> Finding:

@@ -88,5 +88,6 @@ def _publish(export: _Export) -> str:
         return f"NOT exported: {export.output}: {reason} (all of it: {export.log})"
     shutil.rmtree(export.output, ignore_errors=True)
     os.rename(export.unpublished, export.output)
+    warnings = [line for line in export.log.read_text().splitlines() if line.startswith("Warning:")]
     export.log.unlink()
-    return f"Exported {export.output}"
+    return "\n".join([f"Exported {export.output}", *warnings])

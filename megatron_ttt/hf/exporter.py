@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ttt.checkpoint.store import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, ModelConfig
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer, check_vocabulary
+from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder, run_command
 from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
 from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
@@ -34,7 +34,7 @@ from megatron_ttt.hf.verification import verify, verify_configuration
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CODE = ("configuration_ttt.py", "modeling_ttt.py")
-TOKENIZER_OPTION = "--tokenizer-model FILE.model"
+TOKENIZER_OPTION = "--tokenizer-model FILE"
 
 
 def export_checkpoint(
@@ -47,10 +47,10 @@ def export_checkpoint(
 ) -> None:
     """Write a checkpoint as the Hugging Face directory `output`, verified before it has its name.
 
-    tokenizer_model: a SentencePiece model; None takes data.tokenizer_model of the checkpoint, where
-    that file still is. dtype: of all weights; None keeps each tensor's. Raises UserError, and
-    leaves nothing behind, where the checkpoint is damaged, that file is not what it was, something
-    does not fit or the two models differ.
+    tokenizer_model: a SentencePiece model or a tokenizer.json; None takes data.tokenizer_model of
+    the checkpoint, where that file still is. dtype: of all weights; None keeps each tensor's.
+    Raises UserError, and leaves nothing behind, where the checkpoint is damaged, that file is not
+    what it was, something does not fit or the two models differ.
     """
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
@@ -75,9 +75,7 @@ def export_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenizer(
-    checkpoint: Checkpoint, config: Config, named: Path | None
-) -> SentencePieceTokenizer | None:
+def _tokenizer(checkpoint: Checkpoint, config: Config, named: Path | None) -> Tokenizer | None:
     recorded = config.data.tokenizer_model
     if named is None and recorded is None:
         return None
@@ -89,7 +87,7 @@ def _tokenizer(
             flush=True,
         )
         return None
-    tokenizer = SentencePieceTokenizer(named or recorded)
+    tokenizer = load_tokenizer(named or recorded)
     path = tokenizer.model_path
     check_trained_with(checkpoint, path, TOKENIZER_OPTION, named=named is not None)
     check_vocabulary(tokenizer, config.model.vocab_size)
@@ -130,7 +128,7 @@ def _write_configuration(
     checkpoint: Checkpoint,
     config: Config,
     tensors: CheckpointTensors,
-    tokenizer: SentencePieceTokenizer | None,
+    tokenizer: Tokenizer | None,
     dtype: str | None,
     folder: Path,
 ) -> None:

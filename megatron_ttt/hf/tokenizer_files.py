@@ -1,8 +1,8 @@
-"""A SentencePiece model as the files that transformers' AutoTokenizer reads.
+"""A tokenizer as the files that transformers' AutoTokenizer reads.
 
-tokenizer.json holds the same pieces, merges and scores for the `tokenizers` library, so that no
-SentencePiece is needed to use it; tokenizer.model stands beside it. What comes out is compared with
-SentencePiece on sample texts before it is written.
+Of a SentencePiece model, tokenizer.json holds the same pieces, merges and scores for the library
+`tokenizers`, so that no SentencePiece is needed to use it; tokenizer.model stands beside it. What
+comes out is compared with the tokenizer of the training data on sample texts before it is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_ttt.errors import UserError
 
 _UNIGRAM, _BPE = 1, 2
@@ -33,15 +33,22 @@ _SAMPLES = (
 
 
 def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and tokenizer.model into `folder`.
+    """Write tokenizer.json and tokenizer_config.json into `folder`; a SentencePiece model too.
 
-    Encoding puts BOS, where the model has one, before a text, as training data has it before each
+    Encoding puts BOS, where there is one, before a text, as training data has it before each
     document. Raises UserError for a model whose ids the `tokenizers` library does not reproduce.
     """
-    sentencepiece = SentencePieceTokenizer(source)
-    tokenizer, special = convert(source)
-    for text in (*_SAMPLES, *_samples_of_own_pieces(_read(source), special)):
-        ids = sentencepiece.encode(text)
+    ours = load_tokenizer(source)
+    if isinstance(ours, HuggingFaceTokenizer):
+        tokenizer, special = adopt(ours)
+        own = []
+    else:
+        tokenizer, special = convert(source)
+        own = _samples_of_own_pieces(_read(source), special)
+        shutil.copyfile(source, folder / "tokenizer.model")
+    _begin_with_bos(tokenizer, special)
+    for text in (*_SAMPLES, *own):
+        ids = ours.encode(text)
         if (got := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
             raise UserError(
                 f"{source} cannot be written for AutoTokenizer: {text!r} gives {got}, not {ids}"
@@ -56,7 +63,18 @@ def write_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         **special,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    shutil.copyfile(source, folder / "tokenizer.model")
+
+
+def adopt(ours: HuggingFaceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
+    """The `tokenizers` tokenizer of a tokenizer.json, and its special tokens by role."""
+    tokenizer = Tokenizer.from_file(str(ours.model_path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = {"bos": ours.bos_id, "eos": ours.eos_id, "pad": ours.pad_id}
+    # A tokenizer without a pad token still has to pad batches; what stands there is masked out.
+    ids["pad"] = ids["pad"] if ids["pad"] >= 0 else ids["eos"]
+    special = {f"{role}_token": tokenizer.id_to_token(i) for role, i in ids.items() if i >= 0}
+    return tokenizer, special
 
 
 def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -107,14 +125,17 @@ def convert(source: Path) -> tuple[Tokenizer, dict[str, str]]:
             if piece.type == _USER_DEFINED
         ]
     )
-    if "bos_token" in special:
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
     return tokenizer, special
+
+
+def _begin_with_bos(tokenizer: Tokenizer, special: dict[str, str]) -> None:
+    """As training data has it, whatever a tokenizer.json would add."""
+    bos = [special["bos_token"]] if "bos_token" in special else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A"],
+        pair=[*bos, "$A", *bos, "$B"],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in bos],
+    )
 
 
 def _read(source: Path):

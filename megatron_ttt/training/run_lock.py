@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ttt.errors import UserError, of_rank_0
+from megatron_ttt.errors import EXIT_STOPPED, UserError, of_rank_0
 from megatron_ttt.training.loggers import say
-from megatron_ttt.training.stopping import EXIT_STOPPED, StopRequests
+from megatron_ttt.training.stopping import StopRequests
 
 LOCK_FILE = "lock"
 POLL_SECONDS = 0.5

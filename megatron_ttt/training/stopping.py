@@ -13,9 +13,6 @@ import time
 
 import psutil
 
-EXIT_STOPPED = 75
-"""Exit code of a run that stopped early and saved (the shell's EX_TEMPFAIL: try again)."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher may repeat to each process the signal that its whole group got: not a second one."""

@@ -198,11 +198,10 @@ class Trainer:
         else:
             load_weights(checkpoint, self.chunks)
             self.optimizer.reload_model_params()
-        if not self.is_first_rank:
-            return
-        say(f"Resumed from {checkpoint.path} at step {self.step}")
+        if self.is_first_rank:
+            say(f"Resumed from {checkpoint.path} at step {self.step}")
         if self._is_own(checkpoint):
-            self._set_aside_what_was_after(checkpoint)
+            of_rank_0(lambda: self._set_aside_what_was_after(checkpoint))
 
     def _set_aside_what_was_after(self, checkpoint: Checkpoint) -> None:
         try:
@@ -374,9 +373,12 @@ class Trainer:
             chunk.train(training)
 
     def _open_log(self) -> MetricsLog | None:
-        """Rank 0 writes the resolved configuration and opens the log; the others have none."""
-        if not self.is_first_rank:
-            return None
+        """Rank 0's log, beside the resolved configuration; the others have none. Collective."""
+        opened: list[MetricsLog] = []
+        of_rank_0(lambda: opened.append(self._new_log()))
+        return opened[0] if opened else None
+
+    def _new_log(self) -> MetricsLog:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_durably(self.run_dir / "config.yaml", to_yaml(self.config))

@@ -87,6 +87,16 @@ def test_a_control_token_that_text_becomes_is_refused(tokenizer_json, tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_unigram_model_that_has_the_control_token_as_a_piece_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [("</s>", 0.0), *((letter, -1.0) for letter in "</s>ab")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 1, False))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(f"{tmp_path}/tokenizer.json")
+    with pytest.raises(UserError, match=r"becomes it; it is a piece of the model itself"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_gigatoken_writes_the_bytes_of_sentencepiece(tokenizer, tmp_path):
     pytest.importorskip("gigatoken")
     write_shard(tmp_path / "c4.json", TEXTS + STRANGE)

@@ -30,6 +30,7 @@ def build(shards, tokenizer, tmp_path) -> str:
 
 
 def test_data_of_another_tokenizer_is_refused(build, shards, tokenizer, tmp_path):
+    (tmp_path / ".manifest.json").write_text("{}")  # another program's
     check_made_with(build, tokenizer, 330)
     options = {"bos_id": 1, "eos_id": 0, "sha256": tokenizer.sha256, "model_path": "t.json"}
     with pytest.raises(UserError, match=r"t\.json has the eos_id 0, in the build it was 2"):

@@ -15,8 +15,9 @@ from harness import ROOT, Job, random_official, run, torchrun, write_official
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
 from megatron_ttt.data.identity import fingerprints
 from megatron_ttt.data.indexed import IndexedWriter
-from megatron_ttt.data.tokenizer import SentencePieceTokenizer
+from megatron_ttt.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_ttt.errors import UserError
+from megatron_ttt.evaluation import official_config
 from megatron_ttt.hf.exporter import export_checkpoint
 from megatron_ttt.hf.importer import import_directory
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
@@ -32,12 +33,29 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory):
-    """A BPE model as the trainer's tokenizer makes it, and a unigram one; 300 pieces of bytes."""
+    """A BPE model as the trainer's tokenizer makes it, and a unigram one, 300 pieces of bytes; and
+    a tokenizer.json, which adds another token than training does."""
     folder = tmp_path_factory.mktemp("spm")
-    return {
+    made = {
         kind: train(folder / kind, kind, split_digits=True, **AS_IT_IS)
         for kind in ("bpe", "unigram")
     }
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 50, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    made["json"] = folder / "tokenizer.json"
+    tokenizer.save(str(made["json"]))
+    return made
 
 
 AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -75,18 +93,20 @@ def models(spm, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_autotokenizer_gives_sentencepieces_ids(kind, spm, models, tmp_path):
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "json"])
+def test_autotokenizer_gives_the_ids_of_training(kind, spm, models, tmp_path):
     from transformers import AutoTokenizer
 
     folder = tmp_path / "hf"
     export_checkpoint(models / "checkpoint", folder, tokenizer_model=spm[kind])
-    theirs, ours = AutoTokenizer.from_pretrained(folder), SentencePieceTokenizer(spm[kind])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(spm[kind])
     for text in TEXTS[:2]:
         ids = theirs(text)["input_ids"]
         assert ids == [ours.bos_id, *ours.encode(text)]
         assert theirs.decode(ids, skip_special_tokens=True) == text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    read_back = load_tokenizer(official_config(folder, []).data.tokenizer_model)
+    assert read_back.encode(TEXT) == ours.encode(TEXT) and read_back.bos_id == ours.bos_id
     batch = theirs(["a longer text", "a"], padding=True)
     assert batch["attention_mask"][1][0] == 0  # on the left, as generation needs it
 
