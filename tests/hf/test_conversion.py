@@ -353,7 +353,7 @@ def test_bad_exports(imported, tmp_path):
         damage()
         refused(match, export_checkpoint, broken, output)
     refused(
-        "is not a SentencePiece model",
+        r"is not a tokenizer\.json",
         export_checkpoint,
         whole,
         output,
