@@ -45,3 +45,20 @@ def numbered_documents(count: int, seed: int, first_id: int = 0) -> list[np.ndar
 def pair(prefix: str | Path) -> tuple[bytes, bytes]:
     """The two files of a pair."""
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def byte_level_tokenizer(texts: list[str], vocab_size: int):
+    """A tokenizer of the package tokenizers, with BOS and EOS, in the style of GPT-2's."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

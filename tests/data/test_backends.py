@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from data_helpers import make_texts, pair, write_shard
+from data_helpers import byte_level_tokenizer, make_texts, pair, write_shard
 
 from megatron_ttt.data.preprocess import preprocess
 from megatron_ttt.data.tokenizer import (
@@ -22,19 +22,9 @@ STRANGE += ["\u00a0x", "e\u0301", "\ufeffa", "\u200b", "🤦🏽‍♂️", "\x0
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory):
-    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.save(str(path))
+    byte_level_tokenizer(TEXTS, 400).save(str(path))
     return path
 
 

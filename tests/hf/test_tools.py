@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from data.data_helpers import byte_level_tokenizer
 from harness import ROOT, Job, random_official, run, torchrun, write_official
 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
@@ -40,16 +41,7 @@ def spm(tmp_path_factory):
         kind: train(folder / kind, kind, split_digits=True, **AS_IT_IS)
         for kind in ("bpe", "unigram")
     }
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 50, trainer)
+    tokenizer = byte_level_tokenizer([TEXT] * 50, 300)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
