@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_ttt.ops.layernorm import normalise, project
+from megatron_ttt.ops.layernorm import normalise, normalise_again, project
 
 
 def augmented(width: int) -> int:
@@ -61,6 +61,7 @@ class Group:
 
     def __init__(self, shape: torch.Size, like: Tensor, for_backward: bool):
         self.shape = shape
+        self.statistics = []
         N, B, H, K, F = shape
         A, E = B * H, augmented(F)
         new = self.new = like.new_empty
@@ -69,11 +70,13 @@ class Group:
         self.x_NAKE, self.q_NAKE = self.xq_NA2KE.split(K, 2)
         self.x_NAKF, self.q_NAKF = self.x_NAKE[..., :F], self.q_NAKE[..., :F]
         self.rate_NAK1, self.step_NAKE = new(N, A, K, 1), new(N, A, K, E)
-        self.residual_NAKF, self.u_NAKF = new(2, N, A, K, F)
+        self.u_NAKF = new(N, A, K, F)
         self.eta_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
         if not for_backward:
+            self.residual_NAKF = self.u_NAKF
             self.G_NAKF = new(N, A, K, F)
             return
+        self.residual_NAKF = new(N, A, K, F)
         self.dZs_NA3KF = new(N, A, 3 * K, F)
         self.dZ_NAKF, self.dZbar_NAKF, self.G_NAKF = self.dZs_NA3KF.split(K, 2)
         self.dxq_NA2KF = new(N, A, 2 * K, F)
@@ -84,9 +87,11 @@ class Group:
         # The Hessian, see `inner_gradients`. The rows of V are hat, w, hat, 1, t, 1: in each pair
         # that the Hessian has, one follows the other. `own_AK5K` leaves a token its own rows.
         self.D_NAKF = new(N, A, K, F)
-        self.V_NA6KF = like.new_ones(N, A, 6 * K, F)
-        hat, self.w_NAKF, hat_again, _, self.t_NAKF, _ = self.V_NA6KF.split(K, 2)
+        self.V_NA6KF = new(N, A, 6 * K, F)
+        hat, self.w_NAKF, hat_again, one, self.t_NAKF, one_again = self.V_NA6KF.split(K, 2)
         self.hats = hat, hat_again
+        for ones in (one, one_again):
+            ones.fill_(1)
         paired = like.new_tensor([1, 1, 0, 1, 1]) / F
         own_K5K = torch.kron(paired, torch.eye(K, dtype=like.dtype, device=like.device))
         self.own_AK5K = own_K5K.repeat(A, 1, 1)
@@ -137,16 +142,28 @@ class Group:
     def inner_gradient(self, Z, u):
         """G = dl/dZ = Pi(u) with u = gamma (gamma Z_hat + offset); `u` comes as gamma offset."""
         norm = normalise(Z)
+        self.statistics.append((norm.mean, norm.rstd))
         return project(u.addcmul_(self.gamma2_A1F, norm.hat), norm)
 
     def write_output(self, Zbar_NAKF, output):
-        """q + gamma LN(Zbar) + beta."""
-        hat_NAKF = normalise(Zbar_NAKF).hat
-        torch.addcmul(self.q_NAKF, self.gamma_A1F, hat_NAKF, out=hat_NAKF)
-        torch.add(self.by_head(hat_NAKF), self.of_heads(self.beta_A1F), out=output)
+        """q + gamma LN(Zbar) + beta. Returns for `kept` mean and 1/s, of Z and of Zbar."""
+        norm = normalise(Zbar_NAKF)
+        torch.addcmul(self.q_NAKF, self.gamma_A1F, norm.hat, out=norm.hat)
+        torch.add(self.by_head(norm.hat), self.of_heads(self.beta_A1F), out=output)
+        statistics_4NAK1 = self.keep(4, *norm.mean.shape)
+        for of_group, of_mini_batches in zip(statistics_4NAK1, zip(*self.statistics)):
+            torch.stack(of_mini_batches, out=of_group)
+        torch.stack((norm.mean, norm.rstd), out=statistics_4NAK1[2:])
+        self.statistics.clear()
+        return statistics_4NAK1
 
-    def inner_gradients(self, Z_NAKF):
-        """G of all mini-batches from Z, and the loss's Hessian, which takes dG to dZ: a diagonal D
+    def restore_norms(self, Z_NAKF, Zbar_NAKF, statistics_4NAK1):
+        mean, rstd, mean_bar, rstd_bar = statistics_4NAK1
+        self.norm = normalise_again(Z_NAKF, mean, rstd)
+        self.norm_bar = normalise_again(Zbar_NAKF, mean_bar, rstd_bar)
+
+    def inner_gradients(self):
+        """G of all mini-batches, and the loss's Hessian, which takes dG to dZ: a diagonal D
         and four pairs of vectors a token. With mean products <.,.>, and 1/s = rstd,
 
         -s dZ = D dG + hat <w, dG> + w <hat, dG> + 1 <t, dG> + t <1, dG>,
@@ -154,7 +171,6 @@ class Group:
         w = G + (gamma^2 hat - <gamma^2, hat> - (h + <gamma^2 hat, hat>) hat / 2) / s,
         t = (h - <gamma, gamma>) / 2s - D.
         """
-        self.norm = normalise(Z_NAKF)
         hat, rstd, gamma2 = self.norm.hat, self.norm.rstd, self.gamma2_A1F
         scratch, gamma2_hat = self.scratch_NAKF, torch.mul(gamma2, hat, out=self.du_NAKF)
         u = self.u_NAKF.add_(gamma2_hat)
@@ -170,14 +186,13 @@ class Group:
         for hats in self.hats:
             hats.copy_(hat)
 
-    def output_backward(self, d_output, Zbar_NAKF):
+    def output_backward(self, d_output):
         """From d_output [N, B, H, K, F] to dZbar, and to dP of the layer that gave Zbar - P G."""
-        d_output_NAKF = self.scratch_NAKF
-        self.by_head(d_output_NAKF).copy_(d_output)
-        norm = normalise(Zbar_NAKF)
-        dZbar_NAKF = project(torch.mul(self.gamma_A1F, d_output_NAKF, out=self.du_NAKF), norm)
-        self.dZbar_NAKF.copy_(dZbar_NAKF)
-        self.dgamma_NAKF, self.dbeta_NAKF = norm.hat.mul_(d_output_NAKF), d_output_NAKF
+        norm, d_hat_NAKF = self.norm_bar, self.scratch_NAKF
+        torch.mul(self.of_heads(self.gamma_A1F), d_output, out=self.by_head(d_hat_NAKF))
+        self.dZbar_NAKF.copy_(project(d_hat_NAKF, norm))
+        self.by_head(norm.hat).mul_(d_output)
+        self.dgamma_NAKF = norm.hat
         dZbar, GT = flat(self.dZbar_NAKF), flat(self.G_NAKF).mT
         flat(self.dP_NAKK).baddbmm_(dZbar, GT, beta=0, alpha=-1)
 
@@ -201,21 +216,23 @@ class Group:
         (Y_j = <x_j dW', G_j>)."""
         gamma, tau_K, lam_NAK, K = self.gamma_A1F, self.tau_K, self.lam_NAK, self.shape[3]
         dPS_NAKK.tril_()
-        dlam_NAK = (tau_K[:K] @ dPS_NAKK).addcmul_(Y_NAK, self.tau_step, value=-1)
+        dlam_NAK = (tau_K[:K, None] * dPS_NAKK).sum(-2).addcmul_(Y_NAK, self.tau_step, value=-1)
         dtau = torch.zeros_like(tau_K)
         dtau[:K] = (dPS_NAKK @ lam_NAK.unsqueeze(-1)).sum((0, 1, 3))
         if len(tau_K) == K:
             dtau[-1] -= (Y_NAK * lam_NAK).sum()
 
-        # u = gamma (gamma Z_hat + residual + beta), residual = x - v.
+        # u = gamma (gamma Z_hat + residual + beta), residual = x - v. Sums over tokens go over the
+        # mini-batches first: one sum over all takes eight times as long.
         (dq, dk, dv, dlam), du_NAKF = d_tokens, project(self.dG_NAKF, self.norm)
         torch.add(self.by_head(self.dq_NAKF), d_output, out=dq)
-        torch.addcmul(self.dx_NAKF, gamma, du_NAKF, out=self.dx_NAKF)
-        dk.copy_(self.by_head(self.dx_NAKF))
-        torch.mul(self.by_head(du_NAKF), self.of_heads(-gamma), out=dv)
+        weighted = self.residual_NAKF.addcmul_(gamma, self.norm.hat, value=2)
+        dgamma_AKF = self.dgamma_NAKF.addcmul_(weighted, du_NAKF).sum(0)
+        dbeta_AKF, du_AKF = d_output.sum(0, dtype=gamma.dtype).flatten(0, 1), du_NAKF.sum(0)
+        dgamma_AKF.addcmul_(self.beta_A1F, du_AKF)
+        dbeta_AKF.addcmul_(gamma, du_AKF)
+        d_target = self.by_head(du_NAKF.mul_(-gamma))
+        torch.sub(self.by_head(self.dx_NAKF), d_target, out=dk)
+        dv.copy_(d_target)
         dlam.copy_(self.by_head(dlam_NAK))
-        weighted = self.residual_NAKF.addcmul_(gamma, self.norm.hat, value=2).add_(self.beta_A1F)
-        self.dgamma_NAKF.addcmul_(weighted, du_NAKF)
-        self.dbeta_NAKF.addcmul_(gamma, du_NAKF)
-        per_head = (self.by_head(x).sum((0, 1, 3)) for x in (self.dgamma_NAKF, self.dbeta_NAKF))
-        return dtau, *per_head
+        return dtau, *(self.of_heads(x).sum((0, 2)) for x in (dgamma_AKF, dbeta_AKF))

@@ -27,6 +27,11 @@ def normalise(Z: Tensor) -> Normalised:
     return Normalised(Z, *torch.native_layer_norm(Z, Z.shape[-1:], None, None, LN_EPS))
 
 
+def normalise_again(Z: Tensor, mean: Tensor, rstd: Tensor) -> Normalised:
+    """With the statistics known."""
+    return Normalised(Z, (Z - mean).mul_(rstd), mean, rstd)
+
+
 def project(y: Tensor, norm: Normalised) -> Tensor:
     """Pi(y) at the given rows."""
     Z, _, mean, rstd = norm

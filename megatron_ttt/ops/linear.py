@@ -66,19 +66,19 @@ class LinearGroup(Group):
         Zbar = torch.bmm(flat(self.q_NAKE), flat(self.W_NAEF), out=flat(Zbar_NAKF))
         Zbar.baddbmm_(flat(self.P_NAKK), flat(self.G_NAKF), alpha=-1)
         after_AEF = self.keep(*self.after_AEF.shape).copy_(self.after_AEF)
-        self.kept = after_AEF, Z_NAKF, Zbar_NAKF
-        self.write_output(Zbar_NAKF, output)
+        statistics_4NAK1 = self.write_output(Zbar_NAKF, output)
+        self.kept = after_AEF, Z_NAKF, Zbar_NAKF, statistics_4NAK1
 
-    def restore(self, after_AEF, Z_NAKF, Zbar_NAKF):
+    def restore(self, after_AEF, *outputs):
         self.start(after_AEF)
-        self.Z_NAKF, self.Zbar_NAKF = Z_NAKF, Zbar_NAKF
+        self.restore_norms(*outputs)
 
     def backward(self, d_output, d_tokens):
         F = self.shape[-1]
-        self.inner_gradients(self.Z_NAKF)
+        self.inner_gradients()
         for m in reversed(self.mini_batches):
             torch.baddbmm(m.W_next, m.stepT, m.G, alpha=-1, out=m.W)
-        self.output_backward(d_output, self.Zbar_NAKF)
+        self.output_backward(d_output)
         PT, dZbar = flat(self.P_NAKK).mT, flat(self.dZbar_NAKF)
         flat(self.dG_NAKF).baddbmm_(PT, dZbar, beta=0, alpha=-1)
         self.dW_NAEF[-1] = self.dW_AEF

@@ -98,8 +98,8 @@ class MLPGroup(Group):
             W2.baddbmm_(X2T, torch.mul(G2, m.rate, out=self.step2))
             W1.baddbmm_(m.stepT, G1)
         after = (self.keep(*W.shape).copy_(W) for W in self.state)
-        self.kept = *after, Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK
-        self.write_output(Zbar_NAKF, output)
+        statistics_4NAK1 = self.write_output(Zbar_NAKF, output)
+        self.kept = *after, Z1s_NA2KM, S2_NAKK, Z_NAKF, Zbar_NAKF, statistics_4NAK1
 
     def inner_derivative(self, Z1, gate, X2, out):
         """gelu'(Z1) of the inner gradient; `gate` and `X2` are Z1's, and may be overwritten."""
@@ -120,7 +120,7 @@ class MLPGroup(Group):
         self.dgelu_inner = self.dgelus[:, :K] if self.inner is self.exact else new(A, K, M)
         self.dP1_NAKK, self.dS2_NAKK, self.P2_NAKK = new(3, N, A, K, K)
         self.GdW1_NAKE, self.Y2_NAKF, self.step2_NAKF = (
-            new(N, A, K, E),
+            new(N, A, E, K),
             new(N, A, K, F),
             new(N, A, K, F),
         )
@@ -143,15 +143,15 @@ class MLPGroup(Group):
             Y2=self.Y2_NAKF,
         )
 
-    def restore(self, W1_AEM, W2_AJF, Z_NAKF, Zbar_NAKF, Z1s_NA2KM, S2_NAKK):
+    def restore(self, W1_AEM, W2_AJF, Z1s_NA2KM, S2_NAKK, *outputs):
         self.start(W1_AEM, W2_AJF)
-        self.Z_NAKF, self.Zbar_NAKF = Z_NAKF, Zbar_NAKF
+        self.restore_norms(*outputs)
         self.Z1s_NA2KM, self.S2_NAKK = Z1s_NA2KM, S2_NAKK
 
     def backward(self, d_output, d_tokens):
         K, F = self.shape[3:]
-        self.inner_gradients(self.Z_NAKF)
-        self.output_backward(d_output, self.Zbar_NAKF)
+        self.inner_gradients()
+        self.output_backward(d_output)
         torch.mul(self.G_NAKF, self.rate_NAK1, out=self.step2_NAKF)
         torch.mul(self.dP_NAKK, self.eta_NAKK, out=self.dS2_NAKK)
         P2T = flat(torch.mul(self.S2_NAKK, self.eta_NAKK, out=self.P2_NAKK)).mT
@@ -169,20 +169,22 @@ class MLPGroup(Group):
         dX2bar, H = dX2barH.split(K, 1)
         dZ1, dZ1bar = dZ1s.split(K, 1)
         dG1, dX2, d2gelu = self.dG1, self.dX2, self.d2gelu
-        for m, hessian, Z1s in zip(
+        X2s12_M, G1T, gate1 = self.X2s_M[:, : 2 * K], H.mT, self.gates[:, :K]
+        for m, hessian, Z1s, Z1 in zip(
             reversed(self.mini_batches),
             reversed(self.hessians),
             reversed(self.Z1s_NA2KM.unbind()),
+            reversed(self.Z1s_NA2KM[:, :, :K].unbind()),
         ):
-            self.gelus(Z1s)
+            self.gelus(Z1s, Z1, X2s12_M, gate1)
             W2T.baddbmm_(m.step2T, X2, alpha=-1)
             torch.bmm(m.dZbarG, W2T_M, out=dX2barH)
             d2gelu.mul_(H)
             G1 = H.mul_(self.dgelu_inner)
             dZ1bar.mul_(torch.bmm(m.dS2, X2_M, out=dX2).add_(dX2bar))
-            m.dP1.baddbmm_(dZ1bar, G1.mT, beta=0, alpha=-1)
+            m.dP1.baddbmm_(dZ1bar, G1T, beta=0, alpha=-1)
             dG1.baddbmm_(m.PT, dZ1bar, beta=0, alpha=-1).baddbmm_(m.step, dW1)
-            torch.bmm(G1, dW1T, out=m.GdW1)
+            torch.bmm(dW1, G1T, out=m.GdW1)
             torch.bmm(m.dS2T, X2bar_M, out=dX2).baddbmm_(m.step2, dW2T_M)
             torch.bmm(X2, dW2, out=m.Y2)
             torch.mul(dG1, self.dgelu_inner, out=dH_M)
@@ -192,23 +194,21 @@ class MLPGroup(Group):
             dZ1.mul_(dX2).addcmul_(dG1, d2gelu)
             dW2.baddbmm_(X2sT, m.dZs)
             dW1.baddbmm_(m.xqT, dZ1s)
-            W1T.baddbmm_(G1.mT, m.step, alpha=-1)
+            W1T.baddbmm_(G1T, m.step, alpha=-1)
             torch.bmm(dZ1s, W1T_F, out=m.dxq)
 
         dPS = self.dP_NAKK.mul_(self.S2_NAKK).addcmul_(self.S_NAKK, self.dP1_NAKK)
         self.similarity_backward(self.dP1_NAKK.mul_(self.eta_NAKK))
         GdW1 = self.GdW1_NAKE
-        self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[..., :F])
-        Y = GdW1.mul_(self.x_NAKE).sum(-1) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
+        self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[:, :, :F].mT)
+        Y = GdW1.mul_(self.x_NAKE.mT).sum(-2) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
         return self.gradients(dPS, Y, d_output, d_tokens)
 
-    def gelus(self, Z1s):
+    def gelus(self, Z1s, Z1, X2s_M, gate):
         """X2 and X2bar, their derivatives, and of Z1 the inner gradient's two derivatives."""
         K, exact, inner, gates = self.shape[3], self.exact, self.inner, self.gates
-        X2s_M = self.X2s_M[:, : 2 * K]
         torch.mul(Z1s, exact.gate(Z1s, out=gates), out=X2s_M)
         exact.derivative(Z1s, gates, X2s_M, out=self.dgelus)
-        Z1, gate = Z1s[:, :K], gates[:, :K]
         if inner is not exact:
             self.inner_derivative(Z1, gate, X2s_M[:, :K], out=self.dgelu_inner)
         inner.second_derivative(Z1, gate, self.dG1, out=self.d2gelu)

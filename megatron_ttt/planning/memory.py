@@ -187,7 +187,8 @@ def kept_states(config: Config, on_cpu: bool) -> float:
         group = TRITON_GROUP
     else:
         padded = 8 * (f // 8 + 1)
-        token = 4 * 2 * f if linear else 4 * (2 * f + 8 * f + K)  # Z, Zbar; Z1, Z1bar, S2
+        token = 4 * (2 * f + 4)  # Z, Zbar and their statistics
+        token += 0 if linear else 4 * (8 * f + K)  # Z1, Z1bar, S2
         state = padded * f if linear else padded * 4 * f + 8 * (4 * f // 8 + 1) * f
         group = TORCH_GROUP[model.layer]
     return heads * (tokens * token + -(-tokens // (group * K)) * 4 * state)
