@@ -73,7 +73,7 @@ class Group:
         self.u_NAKF = new(N, A, K, F)
         self.eta_NAKK, self.S_NAKK, self.P_NAKK = new(3, N, A, K, K)
         if not for_backward:
-            self.residual_NAKF = self.u_NAKF
+            self.residual_NAKF = self.u_NAKF  # only u is made of it
             self.G_NAKF = new(N, A, K, F)
             return
         self.residual_NAKF = new(N, A, K, F)

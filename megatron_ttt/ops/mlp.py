@@ -114,12 +114,14 @@ class MLPGroup(Group):
         self.dW1, self.dW2 = dW1_AEM, dW2_AJF
         self.W1T, self.W2T = new(A, M, E), new(A, F, J)
         self.state = self.W1T.mT, self.W2T.mT
-        self.X2s, self.X2s_M = self.hidden(3, J)  # X2, X2bar, dH
+        self.X2s, X2s_M = self.hidden(3, J)  # X2, X2bar, dH
+        self.gelus_M = X2s_M[:, : 2 * K]
         self.gates, self.dgelus = new(2, A, 2 * K, M)
+        self.gate = self.gates[:, :K]
         self.d2gelu, self.dG1, self.dX2 = new(3, A, K, M)
         self.dgelu_inner = self.dgelus[:, :K] if self.inner is self.exact else new(A, K, M)
         self.dP1_NAKK, self.dS2_NAKK, self.P2_NAKK = new(3, N, A, K, K)
-        self.GdW1_NAKE, self.Y2_NAKF, self.step2_NAKF = (
+        self.GdW1_NAEK, self.Y2_NAKF, self.step2_NAKF = (
             new(N, A, E, K),
             new(N, A, K, F),
             new(N, A, K, F),
@@ -139,14 +141,15 @@ class MLPGroup(Group):
             dZbarG=self.dZs_NA3KF[:, :, K:],
             dZs=self.dZs_NA3KF,
             dxq=self.dxq_NA2KF,
-            GdW1=self.GdW1_NAKE,
+            GdW1=self.GdW1_NAEK,
             Y2=self.Y2_NAKF,
         )
 
     def restore(self, W1_AEM, W2_AJF, Z1s_NA2KM, S2_NAKK, *outputs):
         self.start(W1_AEM, W2_AJF)
         self.restore_norms(*outputs)
-        self.Z1s_NA2KM, self.S2_NAKK = Z1s_NA2KM, S2_NAKK
+        self.Z1s_NA2KM, self.Z1_NAKM = Z1s_NA2KM, Z1s_NA2KM[:, :, : self.shape[3]]
+        self.S2_NAKK = S2_NAKK
 
     def backward(self, d_output, d_tokens):
         K, F = self.shape[3:]
@@ -159,28 +162,28 @@ class MLPGroup(Group):
 
         M, W1T, W2T, dW1, dW2 = self.M, self.W1T, self.W2T, self.dW1, self.dW2
         W1T_F, W2T_M, W2 = W1T[:, :, :F], W2T[:, :, :M], W2T.mT
-        dW1T, dW2T_M = dW1.mT, dW2[:, :M].mT
+        dW2T_M = dW2[:, :M].mT
         X2, X2bar, dH = self.X2s.split(K, 1)
         X2_M, X2bar_M, dH_M = (x[..., :M] for x in (X2, X2bar, dH))
         X2sT = self.X2s.mT
         # For the cache's sake few buffers: once the gates have served they make way for dX2bar and
-        # H (which becomes G1), and the derivatives become dZ1 and dZ1bar.
+        # H, which becomes G1, and the derivatives become dZ1 and dZ1bar.
         dX2barH, dZ1s = self.gates, self.dgelus
         dX2bar, H = dX2barH.split(K, 1)
+        G1T = H.mT
         dZ1, dZ1bar = dZ1s.split(K, 1)
         dG1, dX2, d2gelu = self.dG1, self.dX2, self.d2gelu
-        X2s12_M, G1T, gate1 = self.X2s_M[:, : 2 * K], H.mT, self.gates[:, :K]
         for m, hessian, Z1s, Z1 in zip(
             reversed(self.mini_batches),
             reversed(self.hessians),
             reversed(self.Z1s_NA2KM.unbind()),
-            reversed(self.Z1s_NA2KM[:, :, :K].unbind()),
+            reversed(self.Z1_NAKM.unbind()),
         ):
-            self.gelus(Z1s, Z1, X2s12_M, gate1)
+            self.gelus(Z1s, Z1)
             W2T.baddbmm_(m.step2T, X2, alpha=-1)
             torch.bmm(m.dZbarG, W2T_M, out=dX2barH)
             d2gelu.mul_(H)
-            G1 = H.mul_(self.dgelu_inner)
+            H.mul_(self.dgelu_inner)  # G1
             dZ1bar.mul_(torch.bmm(m.dS2, X2_M, out=dX2).add_(dX2bar))
             m.dP1.baddbmm_(dZ1bar, G1T, beta=0, alpha=-1)
             dG1.baddbmm_(m.PT, dZ1bar, beta=0, alpha=-1).baddbmm_(m.step, dW1)
@@ -199,16 +202,17 @@ class MLPGroup(Group):
 
         dPS = self.dP_NAKK.mul_(self.S2_NAKK).addcmul_(self.S_NAKK, self.dP1_NAKK)
         self.similarity_backward(self.dP1_NAKK.mul_(self.eta_NAKK))
-        GdW1 = self.GdW1_NAKE
+        GdW1 = self.GdW1_NAEK
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[:, :, :F].mT)
         Y = GdW1.mul_(self.x_NAKE.mT).sum(-2) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
         return self.gradients(dPS, Y, d_output, d_tokens)
 
-    def gelus(self, Z1s, Z1, X2s_M, gate):
+    def gelus(self, Z1s, Z1):
         """X2 and X2bar, their derivatives, and of Z1 the inner gradient's two derivatives."""
-        K, exact, inner, gates = self.shape[3], self.exact, self.inner, self.gates
-        torch.mul(Z1s, exact.gate(Z1s, out=gates), out=X2s_M)
-        exact.derivative(Z1s, gates, X2s_M, out=self.dgelus)
+        exact, inner, gates, gelus_M = self.exact, self.inner, self.gates, self.gelus_M
+        torch.mul(Z1s, exact.gate(Z1s, out=gates), out=gelus_M)
+        exact.derivative(Z1s, gates, gelus_M, out=self.dgelus)
         if inner is not exact:
-            self.inner_derivative(Z1, gate, X2s_M[:, :K], out=self.dgelu_inner)
-        inner.second_derivative(Z1, gate, self.dG1, out=self.d2gelu)
+            X2 = gelus_M[:, : Z1.shape[1]]
+            self.inner_derivative(Z1, self.gate, X2, out=self.dgelu_inner)
+        inner.second_derivative(Z1, self.gate, self.dG1, out=self.d2gelu)
