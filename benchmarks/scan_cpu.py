@@ -51,9 +51,9 @@ def seconds(tensors: list[torch.Tensor], backend: str) -> float:
     return time.perf_counter() - started
 
 
-def best_of(repeats: int, tensors: list[torch.Tensor]) -> tuple[float, float]:
+def best_times(tensors: list[torch.Tensor]) -> tuple[float, float]:
     """Best seconds of the naive and of the fast form, taken in turns."""
-    turns = [(seconds(tensors, "naive"), seconds(tensors, "torch")) for _ in range(repeats)]
+    turns = [(seconds(tensors, "naive"), seconds(tensors, "torch")) for _ in range(BEST_OF)]
     naive, fast = zip(*turns)
     return min(naive), min(fast)
 
@@ -61,7 +61,7 @@ def best_of(repeats: int, tensors: list[torch.Tensor]) -> tuple[float, float]:
 def compare(kind: str, batch: int, heads: int, length: int, rounds: int) -> dict:
     """The median of `rounds` ratios, all of them, and the best times of all."""
     tensors = inputs(kind, batch, heads, length)
-    best = [best_of(BEST_OF, tensors) for _ in range(rounds)]
+    best = [best_times(tensors) for _ in range(rounds)]
     ratios = sorted(naive / fast for naive, fast in best)
     ratio, (naive, fast) = statistics.median(ratios), map(min, zip(*best))
     print(

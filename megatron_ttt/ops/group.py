@@ -81,7 +81,7 @@ class Group:
         self.dZ_NAKF, self.dZbar_NAKF, self.G_NAKF = self.dZs_NA3KF.split(K, 2)
         self.dxq_NA2KF = new(N, A, 2 * K, F)
         self.dx_NAKF, self.dq_NAKF = self.dxq_NA2KF.split(K, 2)
-        self.dG_NAKF, self.du_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
+        self.dG_NAKF, self.gamma2_hat_NAKF, self.scratch_NAKF = new(3, N, A, K, F)
         self.dP_NAKK = new(N, A, K, K)
         self.dSS_NA2K2K = like.new_zeros(N, A, 2 * K, 2 * K)
         # The Hessian, see `inner_gradients`. The rows of V are hat, w, hat, 1, t, 1: in each pair
@@ -158,13 +158,14 @@ class Group:
         return statistics_4NAK1
 
     def restore_norms(self, Z_NAKF, Zbar_NAKF, statistics_4NAK1):
+        """LN(Z) and LN(Zbar) from what `kept` has of them."""
         mean, rstd, mean_bar, rstd_bar = statistics_4NAK1
         self.norm = normalise_again(Z_NAKF, mean, rstd)
         self.norm_bar = normalise_again(Zbar_NAKF, mean_bar, rstd_bar)
 
     def inner_gradients(self):
-        """G of all mini-batches, and the loss's Hessian, which takes dG to dZ: a diagonal D
-        and four pairs of vectors a token. With mean products <.,.>, and 1/s = rstd,
+        """G of all mini-batches, and the loss's Hessian, which takes dG to dZ: a diagonal D and
+        four pairs of vectors a token. With mean products <.,.>, and 1/s = rstd,
 
         -s dZ = D dG + hat <w, dG> + w <hat, dG> + 1 <t, dG> + t <1, dG>,
         D = (h - gamma^2) / s,  h = <u, hat>,
@@ -172,7 +173,8 @@ class Group:
         t = (h - <gamma, gamma>) / 2s - D.
         """
         hat, rstd, gamma2 = self.norm.hat, self.norm.rstd, self.gamma2_A1F
-        scratch, gamma2_hat = self.scratch_NAKF, torch.mul(gamma2, hat, out=self.du_NAKF)
+        gamma2_hat = torch.mul(gamma2, hat, out=self.gamma2_hat_NAKF)
+        scratch = self.scratch_NAKF
         u = self.u_NAKF.add_(gamma2_hat)
         G = self.G_NAKF.copy_(project(u, self.norm))
         h = torch.mul(u, hat, out=scratch).mean(-1, keepdim=True)

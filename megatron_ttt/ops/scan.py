@@ -3,8 +3,7 @@
 The sequence is cut into groups of mini-batches, which `linear.py` and `mlp.py` take through the
 inner model. The forward keeps of each group the state after it and, of each token, Z and Zbar, the
 inner model's outputs for key and query, with their LayerNorms' statistics (TTT-MLP: also the hidden
-layers). The backward finds
-everything else again, one group at a time from the last to the first.
+layers). The backward finds everything else again, one group at a time from the last to the first.
 
 Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches of a group, A pairs
 of batch and head.
