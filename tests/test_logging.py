@@ -18,7 +18,9 @@ import pytest
 from harness import ROOT, environment, run
 from small_run import STEPS, small_recipe
 
+from megatron_ttt.config import load_config
 from megatron_ttt.training.live import sparkline
+from megatron_ttt.training.metrics import MetricsLog, duration
 
 COMMAND = [sys.executable, "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
 FIGURES = {"loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "data_wait_share"}
@@ -87,7 +89,6 @@ def test_looking_at_the_inner_loop_changes_nothing(recipe, taken_up_again, tmp_p
 
 
 def test_saves_do_not_count_in_the_rate(cpu_platform, recipe, tmp_path, monkeypatch):
-    from megatron_ttt.config import load_config
     from megatron_ttt.training.trainer import Trainer
 
     clock, saved = time.perf_counter, []
@@ -98,6 +99,23 @@ def test_saves_do_not_count_in_the_rate(cpu_platform, recipe, tmp_path, monkeypa
     Trainer(config, cpu_platform).train()
     assert saved == [3, 6, 8]
     assert all(record["tokens_per_second"] > 1 for record in records(tmp_path))
+
+
+def test_the_time_left_counts_validations_and_saves(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    overrides = [f"run.dir={tmp_path}", "training.steps=100", "training.log_every=1"]
+    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
+    with MetricsLog(config, 0, None, 1.0) as log:
+        for step in (1, 2, 3, 4):
+            now[0] += 60 if step == 1 else 2  # the first compiles
+            log.step(step, {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0}, 0)
+            if step == 2:
+                now[0] += 30
+                log.validation(step, 1.0)
+    # Of 99, 98, 97 and 96 steps; with the validation three took 36 seconds.
+    left = [60 * 99, 2 * 98, 34 / 2 * 97, 36 / 3 * 96]
+    assert re.findall(r"eta=(\S+)", capsys.readouterr().out) == [*map(duration, left)]
 
 
 def test_every_step_once_in_tensorboard(taken_up_again):
@@ -218,7 +236,6 @@ def test_sparkline():
 def test_a_report_of_the_inner_loop_where_something_is_wrong(
     cpu_platform, recipe, tmp_path, capsys
 ):
-    from megatron_ttt.config import load_config
     from megatron_ttt.training.trainer import Trainer
 
     overrides = [*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100"]

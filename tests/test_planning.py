@@ -44,6 +44,8 @@ def test_memory_estimate_is_the_measured_peak(layer, precision):
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
@@ -57,6 +59,7 @@ def test_devices_are_known_by_their_driver_s_names(name, known):
 def test_refuses_plans_of_nothing():
     config = load_config([RECIPES / "ttt_linear_125m.yaml"])
     assert peak_flops("a toaster") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     for gpu, memory in (("", None), ("a toaster", None), ("H100", float("nan")), ("H100", -1.0)):
         with pytest.raises(UserError, match=r"--(gpu|memory)"):
             dry_run(config, 8, gpu=gpu, memory_gib=memory)

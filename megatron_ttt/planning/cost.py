@@ -22,6 +22,7 @@ class Device:
 
 # The first of which every word stands in the device's name is that device.
 DEVICES = {
+    "GB200": Device(2500e12, 186, 900e9),
     "B200": Device(2250e12, 180, 900e9),
     "GH200": Device(989e12, 96, 450e9),
     "H200": Device(989e12, 141, 450e9),
@@ -50,6 +51,8 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def _device(name: str) -> Device | None:
+    if " mig " in name.lower():  # a slice of a GPU
+        return None
     for known, device in DEVICES.items():
         if all(word in name.lower() for word in known.lower().split()):
             return device

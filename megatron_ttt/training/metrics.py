@@ -35,6 +35,7 @@ class MetricsLog:
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         self.loggers = open_loggers(config, first_step)
         self.live = LiveView.open(config, first_step) if config.logging.live else None
+        self.first_step_done: tuple[int, float] | None = None
         self.restart_rate()
 
     def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
@@ -48,7 +49,7 @@ class MetricsLog:
             record["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
         record["memory_gib"] = round(memory_bytes / GIB, 3)
         self._write(record)
-        seconds_left = (self.last_step - step) * self.tokens_per_step / rate
+        seconds_left = self._seconds_left(step, now, self.tokens_per_step / rate)
         if self.live is not None:
             self.live.step(record, duration(seconds_left))
         if step % self.log_every == 0 or step in (1, self.last_step):
@@ -65,6 +66,16 @@ class MetricsLog:
     def restart_rate(self) -> None:
         """Tokens per second are of the steps from now on; call it after what is no step."""
         self.since, self.steps_since = time.perf_counter(), 0
+
+    def _seconds_left(self, step: int, now: float, seconds_per_step: float) -> float:
+        """At the pace since this process's first step, which compiles: with validations and saves,
+        which a single step's seconds leave out."""
+        if self.first_step_done is None:
+            self.first_step_done = step, now
+        else:
+            first, since = self.first_step_done
+            seconds_per_step = (now - since) / (step - first)
+        return (self.last_step - step) * seconds_per_step
 
     def flush(self) -> None:
         """Before a save: what is recorded must outlive this process, as the checkpoint does."""
