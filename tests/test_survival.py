@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or go wrong, and what is left of them."""
 
+import gc
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, run, torchrun
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -159,6 +161,27 @@ def test_saves_in_the_background(recipe, whole, tmp_path):
         assert find_damage(listed.path) is None
     # The background writer's content is the foreground's, whatever the files are called.
     assert digests(run_dir / "checkpoint-8") == digests(whole / "checkpoint-8")
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_what_was_written_is_let_go_of(cpu_platform, recipe, tmp_path, asynchronous):
+    """It may be a copy of all weights and moments; nobody is to wait for the garbage collector."""
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu"]
+    overrides += [f"checkpoint.asynchronous={asynchronous}"]
+    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    trainer.train_step(next(trainer.data.train_batches(0, 1)))
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.save()
+        trainer.saver.wait()
+        assert steps(tmp_path) == [1]
+        assert not [held for held in gc.get_objects() if type(held) is FileSystemWriterAsync]
+    finally:
+        gc.enable()
 
 
 def test_the_checkpoint_tool(whole, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import traceback
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,7 +57,9 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
     def _get_save_and_finalize_callbacks(self, writer, *more):
         self.files = [name for _, name, _ in writer.write_buckets]
-        finish = writer.finish
+        # No reference to the writer, which holds all that is written: as part of a cycle it would
+        # stay until Python next looks for cycles.
+        finish = partial(type(writer).finish, weakref.proxy(writer))
 
         def held_finish(metadata, results):
             with self._held.hold():
