@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, run, torchrun
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -166,6 +165,8 @@ def test_saves_in_the_background(recipe, whole, tmp_path):
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_what_was_written_is_let_go_of(cpu_platform, recipe, tmp_path, asynchronous):
     """It may be a copy of all weights and moments; nobody is to wait for the garbage collector."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     from megatron_ttt.config import load_config
     from megatron_ttt.training.trainer import Trainer
 
