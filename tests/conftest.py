@@ -23,3 +23,18 @@ def cpu_platform():
         parallel_state.initialize_model_parallel()
         platforms.seed_everything(0)
     return platform
+
+
+@pytest.fixture
+def build_trainer(cpu_platform):
+    """A trainer of the CPU's debug recipe in this process, from overrides."""
+    from harness import ROOT
+
+    from megatron_ttt.config import load_config
+    from megatron_ttt.training.trainer import Trainer
+
+    def build(*overrides: str) -> Trainer:
+        config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], [*overrides, "run.device=cpu"])
+        return Trainer(config, cpu_platform)
+
+    return build

@@ -12,11 +12,12 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, run
+from harness import run
 from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_for
 
 from megatron_ttt.checkpoint.faults import _of_the_disk
@@ -107,16 +108,9 @@ def test_goes_on_when_the_disk_is_full(recipe, whole, small_disk, tmp_path, mode
 
 
 @pytest.fixture
-def build(cpu_platform, recipe):
+def build(build_trainer, recipe):
     """A trainer in this process, from overrides."""
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    def build_trainer(*overrides: str) -> Trainer:
-        common = [*recipe, "run.device=cpu", *overrides]
-        return Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], common), cpu_platform)
-
-    return build_trainer
+    return partial(build_trainer, *recipe)
 
 
 @pytest.mark.parametrize("mode", ["asynchronous=false", "asynchronous=true"])

@@ -88,15 +88,14 @@ def test_looking_at_the_inner_loop_changes_nothing(recipe, taken_up_again, tmp_p
     assert losses == [(r["loss"], r["grad_norm"]) for r in records(taken_up_again[0])]
 
 
-def test_saves_do_not_count_in_the_rate(cpu_platform, recipe, tmp_path, monkeypatch):
+def test_saves_do_not_count_in_the_rate(build_trainer, recipe, tmp_path, monkeypatch):
     from megatron_ttt.training.trainer import Trainer
 
     clock, saved = time.perf_counter, []
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e6 * len(saved))
     monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
-    overrides = [*recipe, f"run.dir={tmp_path}", "logging.live=false", "training.log_every=100"]
-    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
-    Trainer(config, cpu_platform).train()
+    overrides = [f"run.dir={tmp_path}", "logging.live=false", "training.log_every=100"]
+    build_trainer(*recipe, *overrides).train()
     assert saved == [3, 6, 8]
     assert all(record["tokens_per_second"] > 1 for record in records(tmp_path))
 
@@ -234,12 +233,9 @@ def test_sparkline():
 
 
 def test_a_report_of_the_inner_loop_where_something_is_wrong(
-    cpu_platform, recipe, tmp_path, capsys
+    build_trainer, recipe, tmp_path, capsys
 ):
-    from megatron_ttt.training.trainer import Trainer
-
-    overrides = [*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100"]
-    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    trainer = build_trainer(*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100")
     microbatches = next(trainer.data.train_batches(0, STEPS))
     figures = trainer.train_step(microbatches)
     trainer.watch.look(1, figures, microbatches, bad_steps=0)

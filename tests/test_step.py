@@ -2,12 +2,8 @@
 
 import pytest
 import torch
-from harness import ROOT
 from small_run import STEPS, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from megatron_ttt.config import load_config
-from megatron_ttt.training.trainer import Trainer
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor for which the host waits."""
@@ -56,15 +52,14 @@ class Reads(TorchDispatchMode):
     "layer,backbone",
     [("ttt_linear", "mamba"), ("ttt_mlp", "transformer"), ("attention", "transformer")],
 )
-def test_a_step_reads_once(cpu_platform, tmp_path, monkeypatch, layer, backbone, precision):
-    overrides = [
+def test_a_step_reads_once(build_trainer, tmp_path, monkeypatch, layer, backbone, precision):
+    trainer = build_trainer(
         *small_recipe(tmp_path),
         f"run.dir={tmp_path}/run",
         f"model.layer={layer}",
         f"model.backbone={backbone}",
         f"training.precision={precision}",
-    ]
-    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    )
     first, second, *_ = trainer.data.train_batches(0, STEPS)
     trainer.train_step(first)
     with monkeypatch.context() as patch, Reads(patch) as reads:

@@ -163,16 +163,13 @@ def test_saves_in_the_background(recipe, whole, tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_what_was_written_is_let_go_of(cpu_platform, recipe, tmp_path, asynchronous):
+def test_what_was_written_is_let_go_of(build_trainer, recipe, tmp_path, asynchronous):
     """It may be a copy of all weights and moments; nobody is to wait for the garbage collector."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu"]
-    overrides += [f"checkpoint.asynchronous={asynchronous}"]
-    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    trainer = build_trainer(
+        *recipe, f"run.dir={tmp_path}", f"checkpoint.asynchronous={asynchronous}"
+    )
     trainer.train_step(next(trainer.data.train_batches(0, 1)))
     gc.collect()
     gc.disable()
@@ -293,12 +290,8 @@ def test_bad_steps_are_skipped_and_then_the_run_stops(recipe, tmp_path):
     assert [r.get("skipped_steps", 0) for r in records] == [0, 1, 2, 3]
 
 
-def test_a_single_bad_step_leaves_weights_and_moments(cpu_platform, recipe, tmp_path):
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu", "optimizer.warmup_fraction=0"]
-    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+def test_a_single_bad_step_leaves_weights_and_moments(build_trainer, recipe, tmp_path):
+    trainer = build_trainer(*recipe, f"run.dir={tmp_path}", "optimizer.warmup_fraction=0")
     batches = trainer.data.train_batches(0, STEPS)
     trainer.train_step(next(batches))
     inner = trainer.optimizer.chained_optimizers[0].optimizer
@@ -324,14 +317,11 @@ def test_a_single_bad_step_leaves_weights_and_moments(cpu_platform, recipe, tmp_
     assert not all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
-def test_a_gradient_that_is_not_finite_is_found_where_it_is(cpu_platform, recipe, tmp_path):
-    from megatron_ttt.config import load_config
+def test_a_gradient_that_is_not_finite_is_found_where_it_is(build_trainer, recipe, tmp_path):
     from megatron_ttt.training.health import first_bad_place
     from megatron_ttt.training.optimizer import step_optimizer
-    from megatron_ttt.training.trainer import Trainer
 
-    overrides = [*recipe, f"run.dir={tmp_path}", "run.device=cpu"]
-    trainer = Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
+    trainer = build_trainer(*recipe, f"run.dir={tmp_path}")
     assert trainer.config.optimizer.clip_grad > 0
     trainer.train_step(next(trainer.data.train_batches(0, STEPS)))
     name = "decoder.layers.1.mlp.linear_fc1.weight"

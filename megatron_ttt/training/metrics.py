@@ -67,16 +67,6 @@ class MetricsLog:
         """Tokens per second are of the steps from now on; call it after what is no step."""
         self.since, self.steps_since = time.perf_counter(), 0
 
-    def _seconds_left(self, step: int, now: float, seconds_per_step: float) -> float:
-        """At the pace since this process's first step, which compiles: with validations and saves,
-        which a single step's seconds leave out."""
-        if self.first_step_done is None:
-            self.first_step_done = step, now
-        else:
-            first, since = self.first_step_done
-            seconds_per_step = (now - since) / (step - first)
-        return (self.last_step - step) * seconds_per_step
-
     def flush(self) -> None:
         """Before a save: what is recorded must outlive this process, as the checkpoint does."""
         for logger in self.loggers:
@@ -90,6 +80,16 @@ class MetricsLog:
             self.live.close()
         for logger in self.loggers:
             logger.close(failed=error is not None)
+
+    def _seconds_left(self, step: int, now: float, seconds_per_step: float) -> float:
+        """At the pace since this process's first step, which compiles: with validations and saves,
+        which a single step's seconds leave out."""
+        if self.first_step_done is None:
+            self.first_step_done = step, now
+        else:
+            first, since = self.first_step_done
+            seconds_per_step = (now - since) / (step - first)
+        return (self.last_step - step) * seconds_per_step
 
     def _write(self, record: dict[str, Any]) -> None:
         for logger in self.loggers:
