@@ -25,7 +25,7 @@ def cpu_platform():
     return platform
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_trainer(cpu_platform):
     """A trainer of the CPU's debug recipe in this process, from overrides."""
     from harness import ROOT

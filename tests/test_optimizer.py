@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from harness import ROOT
 
 from megatron_ttt.errors import UserError
 
@@ -25,18 +24,15 @@ def one_step(folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def after_one_step(cpu_platform, tmp_path_factory):
+def after_one_step(build_trainer, tmp_path_factory):
     """The weights after one step from the same start, under different options."""
-    from megatron_ttt.config import load_config
     from megatron_ttt.model import global_parameters
     from megatron_ttt.training.optimizer import gather_parameters
-    from megatron_ttt.training.trainer import Trainer
 
     recipe = one_step(tmp_path_factory.mktemp("decay"))
 
     def weights(*options: str) -> dict[str, torch.Tensor]:
-        config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], [*recipe, *options])
-        trainer = Trainer(config, cpu_platform)
+        trainer = build_trainer(*recipe, *options)
         trainer.train_step(next(trainer.data.train_batches(0, 1)))
         gather_parameters(trainer.ddp_chunks)
         return {name: p.detach().clone() for name, p in global_parameters(trainer.chunks[0])}
@@ -56,39 +52,30 @@ def test_decay_of_all_or_of_matrices(after_one_step):
             assert not torch.equal(everything[name], none[name]), name
 
 
-def test_a_resumed_run_takes_its_options_from_the_command(cpu_platform, tmp_path):
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    def trainer(*options: str) -> Trainer:
-        overrides = [*one_step(tmp_path), *options]
-        return Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides), cpu_platform)
-
-    first = trainer()
+def test_a_resumed_run_takes_its_options_from_the_command(build_trainer, tmp_path):
+    recipe = one_step(tmp_path)
+    first = build_trainer(*recipe)
     first.train_step(next(first.data.train_batches(0, 1)))
     first.save()
     options = "weight_decay=0.25", "beta1=0.8", "beta2=0.99", "eps=1e-3"
-    resumed = trainer(*(f"optimizer.{option}" for option in options))
+    resumed = build_trainer(*recipe, *(f"optimizer.{option}" for option in options))
     assert resumed.step == 1
     for group in resumed.optimizer.param_groups:
         assert group["weight_decay"] == 0.25 and group["eps"] == 1e-3
         assert tuple(group["betas"]) == (0.8, 0.99)
     with pytest.raises(UserError, match="decay_all=true: set that"):
-        trainer("optimizer.decay_all=false")
+        build_trainer(*recipe, "optimizer.decay_all=false")
 
 
-def test_a_checkpoint_of_another_kind_of_device_goes_on(cpu_platform, tmp_path, monkeypatch):
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], one_step(tmp_path))
+def test_a_checkpoint_of_another_kind_of_device_goes_on(build_trainer, tmp_path, monkeypatch):
+    recipe = one_step(tmp_path)
     with monkeypatch.context() as patch:  # a GPU's random state has 16 bytes
         state = torch.zeros(16, dtype=torch.uint8)
         patch.setattr(torch.cuda, "get_rng_state", lambda: state)
-        first = Trainer(config, cpu_platform)
+        first = build_trainer(*recipe)
         first.train_step(next(first.data.train_batches(0, 1)))
         first.save()
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    assert Trainer(config, cpu_platform).step == 1
+    assert build_trainer(*recipe).step == 1
     assert not torch.equal(torch.get_rng_state(), before)  # the host's has come back

@@ -69,10 +69,8 @@ def test_a_flipped_bit_is_found(recipe, tmp_path, layout, mode, what, said):
         assert "saved: []" in output
 
 
-def test_what_a_checkpoint_gives_back_is_what_was_saved(cpu_platform, recipe, tmp_path):
+def test_what_a_checkpoint_gives_back_is_what_was_saved(build_trainer, recipe, tmp_path):
     """At the layouts that cut and pad most differently; and not if one bit of it is another."""
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
 
     run_dir = tmp_path / "run"
     parts = [("tp2", "training.exit_step=2"), ("pp2", "training.exit_step=3"), ("dp2", "")]
@@ -91,8 +89,7 @@ def test_what_a_checkpoint_gives_back_is_what_was_saved(cpu_platform, recipe, tm
         change(state["optimizer_checksums"])
         (folder / "state.json").write_text(json.dumps(state))
         write_manifest(folder, {name: describe(folder / name) for name in folder_files(folder)})
-        options = [*recipe, f"run.dir={tmp_path}/new", f"checkpoint.load={folder}"]
-        Trainer(load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], options), cpu_platform)
+        build_trainer(*recipe, f"run.dir={tmp_path}/new", f"checkpoint.load={folder}")
 
     for state_file in states:
         load(state_file)
