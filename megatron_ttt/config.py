@@ -23,7 +23,7 @@ from megatron_ttt.errors import UserError
 LAYERS = ("ttt_linear", "ttt_mlp", "attention")
 BACKBONES = ("mamba", "transformer")
 PRECISIONS = ("bf16", "fp32")
-SCAN_BACKENDS = ("auto", "naive", "torch", "triton")
+SCAN_BACKENDS = ("auto", "naive", "torch", "cpp", "triton")
 
 
 @dataclass
@@ -143,7 +143,7 @@ class TrainingConfig:
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
     scan_backend: str = "auto"
-    """TTT: implementation of the scan: naive, torch, triton (CUDA), or auto, the fastest here."""
+    """TTT: how the scan runs: naive, torch, cpp (CPU), triton (CUDA), or auto, the fastest here."""
     log_every: int = 10
     """Steps between log lines (metrics.jsonl has every step)."""
     eval_every: int | None = None

@@ -16,7 +16,7 @@ from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.layers.parameters import global_shape, initialise, normal
 from megatron_ttt.layers.specs import block_submodules
-from megatron_ttt.ops import Facts, why_not_triton
+from megatron_ttt.ops import Facts, why_not
 from megatron_ttt.platform import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,7 +32,7 @@ def core_config(
     """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
-    if model.is_ttt and training.scan_backend == "triton":
+    if model.is_ttt:
         scan = Facts(
             kind=model.layer.removeprefix("ttt_"),
             head_dim=model.head_dim,
@@ -41,10 +41,10 @@ def core_config(
             state_dtype=torch.promote_types(dtype, torch.float32),
             device=platform.device.type,
         )
-        reason = why_not_triton(scan)
+        reason = why_not(training.scan_backend, scan)
         if reason is not None:
             raise UserError(
-                f"training.scan_backend=triton: the kernels cannot run here: {reason}; set "
+                f"training.scan_backend={training.scan_backend} cannot run here: {reason}; set "
                 "training.scan_backend=auto"
             )
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None

@@ -3,8 +3,8 @@
     output, final_state = ttt_scan(q, k, v, lam, tau, gamma, beta, state)
 
 `naive.py` reads like the maths and is the oracle; `scan.py` is the fast form in plain PyTorch;
-`triton/` holds the kernels for GPUs. What stands round the scan is in `conv_rotate.py`, `rope.py`
-and `wide_norm.py`; `fused.py` says where it runs in kernels.
+`cpp/` is a faster one for CPUs and `triton/` holds the kernels for GPUs. What stands round the scan
+is in `conv_rotate.py`, `rope.py` and `wide_norm.py`; `fused.py` says where it runs in kernels.
 """
 
 import warnings
@@ -14,18 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ttt.ops.cpp.scan import cpp_scan, why_not_cpp
 from megatron_ttt.ops.naive import naive_scan, widened
 from megatron_ttt.ops.scan import torch_scan
 
 
 def triton_scan(*inputs):
-    """As `ttt_scan`, for inputs that `why_not_triton` has nothing against."""
+    """As `ttt_scan`, for inputs that `why_not` has nothing against."""
     from megatron_ttt.ops.triton.scan import triton_scan
 
     return triton_scan(*inputs)
 
 
-BACKENDS = {"naive": naive_scan, "torch": torch_scan, "triton": triton_scan}
+WHERE = {"cpp": "C++", "triton": "the Triton kernels"}
+BACKENDS = {"naive": naive_scan, "torch": torch_scan, "cpp": cpp_scan, "triton": triton_scan}
 
 
 def ttt_scan(
@@ -52,9 +54,10 @@ def ttt_scan(
         state: what the inner model starts from. TTT-Linear: W [F, F] and b [1, F]; TTT-MLP: W1
             [F, M], b1 [1, M], W2 [M, F] and b2 [1, F]. Each has leading dimensions [H] (shared by
             the batch) or [B, H].
-        backend: "naive" (autograd through a loop), "torch" (its own backward), "triton" (kernels:
-            head_dim 16 to 128, mini-batches of 16, 32 or 64, no float64) or "auto": on CUDA
-            "triton" where it can, which it says once where it can not, and otherwise "torch".
+        backend: "naive" (autograd through a loop), "torch" (its own backward), "cpp" (a CPU and a
+            C++ compiler, no float64), "triton" (kernels: head_dim 16 to 128, mini-batches of 16, 32
+            or 64, no float64) or "auto": "triton" on CUDA and "cpp" elsewhere, or "torch" where
+            they cannot, which it says once.
 
     Returns:
         The outputs [B, H, L, F], q + LN(Zbar) with its affine part, in q's dtype, and the state
@@ -66,8 +69,8 @@ def ttt_scan(
     the operands of products to bfloat16 if q, k and v are bfloat16.
 
     Raises:
-        ValueError: unknown backend, a state of neither two nor four tensors, or inputs that
-            "triton", asked for by name, cannot run.
+        ValueError: unknown backend, a state of neither two nor four tensors, or inputs that a
+            backend asked for by name cannot run.
     """
     if backend not in ("auto", *BACKENDS):
         choices = ", ".join(["auto", *BACKENDS])
@@ -76,25 +79,15 @@ def ttt_scan(
         raise ValueError(f"state has {len(state)} tensors: give (W, b) or (W1, b1, W2, b2)")
     inputs = q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF
     state = widened(state, inputs)
+    scan = facts(q_BHLF, tau_K, state)
     if backend == "auto":
-        backend = choose(q_BHLF, tau_K, state)
-    elif backend == "triton":
-        reason = why_not_triton(facts(q_BHLF, tau_K, state))
+        backend = choose(scan)
+    else:
+        reason = why_not(backend, scan)
         if reason is not None:
-            raise ValueError(f"the Triton kernels cannot run this scan: {reason}")
+            raise ValueError(f"{WHERE[backend]} cannot run this scan: {reason}")
     with torch.autocast(q_BHLF.device.type, enabled=False):
         return BACKENDS[backend](*inputs, state)
-
-
-def choose(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> str:
-    """The fastest backend for these inputs."""
-    if q_BHLF.device.type != "cuda":
-        return "torch"
-    reason = why_not_triton(facts(q_BHLF, tau_K, state))
-    if reason is None:
-        return "triton"
-    say_once(f"ttt_scan runs in PyTorch, not in its Triton kernels: {reason}")
-    return "torch"
 
 
 class Facts(NamedTuple):
@@ -115,13 +108,29 @@ def facts(q_BHLF: Tensor, tau_K: Tensor, state: tuple[Tensor, ...]) -> Facts:
     return Facts(kind, q.shape[-1], len(tau_K), q.dtype, state[0].dtype, q.device.type)
 
 
-def why_not_triton(scan: Facts) -> str | None:
-    """What keeps the kernels from a scan; None if nothing does."""
-    try:
-        from megatron_ttt.ops.triton.scan import why_not
-    except ModuleNotFoundError:
-        return "triton is not installed"
-    return why_not(*scan)
+def choose(scan: Facts) -> str:
+    """The fastest backend for a scan."""
+    if scan.device == "cpu" and scan.state_dtype == torch.float64:
+        return "torch"  # what float64 is for: no word about it
+    backend = "triton" if scan.device == "cuda" else "cpp"
+    reason = why_not(backend, scan)
+    if reason is None:
+        return backend
+    say_once(f"ttt_scan runs in PyTorch, not in {WHERE[backend]}: {reason}")
+    return "torch"
+
+
+def why_not(backend: str, scan: Facts) -> str | None:
+    """What keeps a backend from a scan; None if nothing does."""
+    if backend == "cpp":
+        return why_not_cpp(scan.state_dtype, scan.device)
+    if backend == "triton":
+        try:
+            from megatron_ttt.ops.triton.scan import why_not
+        except ModuleNotFoundError:
+            return "triton is not installed"
+        return why_not(*scan)
+    return None
 
 
 @cache

@@ -15,8 +15,8 @@ from megatron_ttt.planning.cost import GIB, parameters_of_rank
 
 TORCH_GROUP = {"ttt_linear": 8, "ttt_mlp": 16}
 """Mini-batches between kept states in ops/linear.py and ops/mlp.py."""
-TRITON_GROUP = 16
-"""The same in ops/triton/common.py."""
+TRITON_GROUP = CPP_GROUP = 16
+"""The same in ops/triton/common.py and ops/cpp/scan.py."""
 MAPPED = 32 * 2**20
 """glibc takes larger blocks from the system and gives them back when they are freed; smaller ones
 stay with the process (mallopt(3), M_MMAP_THRESHOLD)."""
@@ -179,8 +179,13 @@ def kept_states(config: Config, on_cpu: bool) -> float:
     heads = training.micro_batch_size * model.num_heads
     heads /= config.parallel.tensor_model_parallel_size
     tokens = training.seq_length
-    triton = not on_cpu and training.scan_backend in ("auto", "triton")
-    if triton and 16 <= f <= 128 and K in (16, 32, 64):
+    backend = training.scan_backend
+    if on_cpu and backend in ("auto", "cpp"):
+        E, P = 16 * -(-f // 16), 16 * -(-K // 16)
+        token = 4 * 2 * E + (0 if linear else 4 * 8 * f * P / K)  # Z, Zbar; Z1, Z1bar
+        state = (f + 1) * E if linear else (8 * f + 1) * E
+        group = CPP_GROUP
+    elif not on_cpu and backend in ("auto", "triton") and 16 <= f <= 128 and K in (16, 32, 64):
         w = _width(config)
         token = w * f if linear else w * 9 * f + 4 * (2 * f + K)  # G; X2, G1, G2, Z2, Zbar2, S2
         state = f * f + f if linear else 8 * f * f + 5 * f

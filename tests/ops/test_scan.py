@@ -90,12 +90,13 @@ def test_goes_on_from_its_final_state(kind, backend):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_bf16_tokens_are_scanned_in_float32(kind):
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_bf16_tokens_are_scanned_in_float32(kind, backend):
     tensors = inputs(kind, 1, 2, 50, 16, 16, dtype=torch.float32)
     narrow = [x.detach().bfloat16().requires_grad_() for x in tensors[:3]] + tensors[3:]
     widened = [x.detach().float().requires_grad_() for x in narrow[:3]] + tensors[3:]
-    out, final = ttt_scan(*narrow[:7], tuple(narrow[7:]))
-    wide_out, wide_final = ttt_scan(*widened[:7], tuple(widened[7:]))
+    out, final = ttt_scan(*narrow[:7], tuple(narrow[7:]), backend=backend)
+    wide_out, wide_final = ttt_scan(*widened[:7], tuple(widened[7:]), backend=backend)
     assert out.dtype == torch.bfloat16 and torch.equal(out, wide_out.bfloat16())
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(final, wide_final))
     gradients = torch.autograd.grad(out.float().sum(), narrow)

@@ -90,10 +90,10 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
     on_cuda = like_on_cuda(tensors[0])
     ops.say_once.cache_clear()
     with pytest.warns(UserWarning, match=reason):
-        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
+        assert ops.choose(ops.facts(on_cuda, tensors[4], tensors[7:])) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "torch"
+        assert ops.choose(ops.facts(on_cuda, tensors[4], tensors[7:])) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least,
     for there in (99, 163, 227):  # an RTX 4090, an A100, an H100
         monkeypatch.setattr(scan, "shared_kib", lambda device, there=there: there)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        reason = ops.why_not_triton(ops.Facts(kind, F, K, dtype, torch.float32, "cuda"))
+        reason = ops.why_not("triton", ops.Facts(kind, F, K, dtype, torch.float32, "cuda"))
         assert (reason is None) == (there >= least), reason
         assert reason is None or f"KiB of shared memory, this GPU has {there}" in reason
 
@@ -126,8 +126,10 @@ def test_auto_takes_the_kernels_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
     on_cuda = like_on_cuda(tensors[0])
-    assert ops.choose(on_cuda, tensors[4], tensors[7:]) == "triton"
-    assert ops.choose(tensors[0], tensors[4], tensors[7:]) == "torch"
+    on_gpu, on_cpu = (ops.facts(q, tensors[4], tensors[7:]) for q in (on_cuda, tensors[0]))
+    assert ops.choose(on_gpu) == "triton"
+    assert ops.choose(on_cpu) == "cpp"
+    assert ops.choose(on_cpu._replace(state_dtype=torch.float64)) == "torch"
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="there is one choice")

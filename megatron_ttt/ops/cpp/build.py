@@ -1,0 +1,81 @@
+"""Compile the C++ scan where it is first wanted, and load it.
+
+The library is kept in the user's cache folder under a name made of its source, the compiler and the
+processor that the compiler builds for, so a change of any makes another.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = tuple(Path(__file__).parent / name for name in ("scan.cpp", "vector.h"))
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC"]
+
+
+class CannotBuild(Exception):
+    """Why there is no library here, in one line."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled scan. The compiler is $CXX, c++ or g++.
+
+    Raises:
+        CannotBuild: no compiler, or none that takes the sources, or nowhere to keep the library.
+    """
+    compiler = shlex.split(os.environ.get("CXX", ""))
+    compiler = compiler or [path for path in map(shutil.which, ("c++", "g++")) if path][:1]
+    if not compiler:
+        raise CannotBuild("there is no C++ compiler: install g++ or clang++, or set CXX")
+    try:
+        # What -march=native stands for is in the compiler's own command line.
+        target = run(*compiler, *FLAGS, "-###", "-E", "-x", "c++", os.devnull)
+        key = "\0".join((target, *FLAGS, *(source.read_text() for source in SOURCES)))
+        path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            build(compiler, path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CannotBuild(str(error)) from None
+    loaded.kept_size.restype = loaded.state_size.restype = ctypes.c_int64
+    loaded.forward.restype = loaded.backward.restype = None
+    return loaded
+
+
+@cache
+def why_no_library() -> str | None:
+    """What keeps `library` from being there; None if nothing does."""
+    try:
+        library()
+    except CannotBuild as reason:
+        return str(reason)
+    return None
+
+
+def cache_folder() -> Path:
+    """Of this user, for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-ttt"
+
+
+def build(compiler: list[str], path: Path) -> None:
+    """Processes that are at it together each compile their own; the last one's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        run(*compiler, *FLAGS, "-o", str(made), str(SOURCES[0]))
+        made.replace(path)
+
+
+def run(*command: str) -> str:
+    """What a compiler says."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise CannotBuild(f"{command[0]} cannot build it: {said[0].strip()}")
+    return done.stderr

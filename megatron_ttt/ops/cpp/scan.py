@@ -1,0 +1,146 @@
+"""The TTT scan in C++ behind torch.autograd: `scan.cpp` on as many threads as torch has.
+
+Sizes as in `scan.cpp`.
+"""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ttt.ops.cpp.build import library, why_no_library
+
+GROUP = 16  # mini-batches between two states that are kept
+INPUTS = "q", "k", "v", "lam", "tau", "gamma", "beta"
+STATE = "W1", "b1", "W2", "b2"  # TTT-Linear has the last two
+FINAL_STATE = tuple(f"{name}_final" for name in STATE)
+
+
+def gradients_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"d{name}" for name in names)
+
+
+class Tokens(ctypes.Structure):
+    """A tensor [B, H, L, ...] of any strides but for the last dimension's, which is 1."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "token")),
+    )
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of scan.cpp, where their shapes stand."""
+
+    SIZES = "heads", "length", "features", "hidden", "mini_batch", "group"
+    TOKENS = (*INPUTS[:4], "output", "d_output", *gradients_of(INPUTS[:4]))
+    LISTS = "kept", "kept_states"
+    TENSORS = (
+        *(*INPUTS[4:], *gradients_of(INPUTS[4:]), *STATE, *FINAL_STATE),
+        *(*gradients_of(STATE), *gradients_of(FINAL_STATE)),
+    )
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in SIZES),
+        *((name, Tokens) for name in TOKENS),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in LISTS),
+        *((name, ctypes.c_void_p) for name in TENSORS),
+    )
+
+    def take(self, names: tuple[str, ...], tensors) -> None:
+        """Point to tensors, or to lists of a tensor a head, which the caller keeps alive."""
+        for name, x in zip(names, tensors):
+            if name in self.LISTS:
+                setattr(self, name, (ctypes.c_void_p * len(x))(*(y.data_ptr() for y in x)))
+            elif name in self.TOKENS:
+                setattr(self, name, Tokens(x.data_ptr(), *x.stride()[:3]))
+            else:
+                setattr(self, name, x.data_ptr())
+
+
+def why_not_cpp(state_dtype: torch.dtype, device: str) -> str | None:
+    """What keeps the C++ scan from running; None if nothing does."""
+    if device != "cpu":
+        return f"it runs on a CPU, not on {device}"
+    if state_dtype != torch.float32:
+        return f"it computes in float32, not in {str(state_dtype).removeprefix('torch.')}"
+    return why_no_library()
+
+
+def cpp_scan(q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, state):
+    """As `ttt_scan`, with the state [B, H, ...] in float32."""
+    output, *final_state = Scan.apply(
+        q_BHLF, k_BHLF, v_BHLF, lam_BHL, tau_K, gamma_HF, beta_HF, *state
+    )
+    return output, tuple(final_state)
+
+
+class Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        q, state = inputs[0], [W.contiguous() for W in inputs[7:]]
+        wide = [for_cpp(x) for x in inputs[:7]]
+        given = arguments(wide, state[0].shape[-1] if len(state) == 4 else 0)
+        output, final_state = torch.empty_like(wide[0]), [torch.empty_like(W) for W in state]
+
+        # One tensor a head: what malloc finds in its heap is mapped already.
+        heads, K = q.shape[0] * q.shape[1], given.mini_batch
+        mini_batches, groups = -(-q.shape[2] // K), max(1, -(-(q.shape[2] // K) // GROUP))
+        kept_size, state_size = (
+            size(ctypes.byref(given)) for size in (library().kept_size, library().state_size)
+        )
+        kept = [output.new_empty(mini_batches, kept_size) for _ in range(heads)]
+        kept_states = [output.new_empty(groups, state_size) for _ in range(heads)]
+
+        given.take(("output", "kept", "kept_states"), (output, kept, kept_states))
+        given.take(STATE[-len(state) :], state)
+        given.take(FINAL_STATE[-len(state) :], final_state)
+        run(library().forward, given, heads)
+        ctx.save_for_backward(*inputs[:7], *kept, *kept_states)
+        ctx.state_shapes = [W.shape for W in state]
+        return output.to(q.dtype), *final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, *d_final_state):
+        inputs, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        (B, H), shapes = inputs[0].shape[:2], ctx.state_shapes
+        wide = [for_cpp(x) for x in inputs]
+        given = arguments(wide, shapes[0][-1] if len(shapes) == 4 else 0)
+        d_wide = [for_cpp(d_output), *(d.contiguous() for d in d_final_state)]
+        d_tokens = [torch.empty_like(x) for x in wide[:4]]
+        # tau, gamma and beta get theirs from each sequence, and tau from each head.
+        d_shared = [x.new_empty(B, H, x.shape[-1]) for x in wide[4:]]
+        d_state = [d_output.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+        given.take(Arguments.LISTS, (kept[: B * H], kept[B * H :]))
+        given.take(("d_output", *gradients_of(FINAL_STATE[-len(shapes) :])), d_wide)
+        given.take(gradients_of(INPUTS), d_tokens + d_shared)
+        given.take(gradients_of(STATE[-len(shapes) :]), d_state)
+        run(library().backward, given, B * H)
+        dtau, dgamma, dbeta = d_shared
+        d_inputs = *d_tokens, dtau.sum((0, 1)), dgamma.sum(0), dbeta.sum(0)
+        return *(d.to(x.dtype) for d, x in zip(d_inputs, inputs)), *d_state
+
+
+def for_cpp(x: Tensor) -> Tensor:
+    """In float32, with neighbours in the last dimension."""
+    x = x.float()
+    return x if x.dim() == 4 and x.stride(-1) == 1 else x.contiguous()
+
+
+def arguments(wide: list[Tensor], M: int) -> Arguments:
+    """Sizes and inputs; the caller keeps `wide` alive."""
+    (_, H, L, F), K = wide[0].shape, len(wide[4])
+    given = Arguments(H, L, F, M, K, GROUP)
+    given.take(INPUTS, wide)
+    return given
+
+
+def run(function, given: Arguments, heads: int) -> None:
+    """Head by head, as threads get free: a call into the library holds no lock of Python's."""
+    of_head = partial(function, ctypes.byref(given))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(of_head, map(ctypes.c_int64, range(heads))))
