@@ -14,7 +14,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("scan.cpp", "vector.h"))
+SOURCE = Path(__file__).parent / "scan.cpp"
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC"]
 
 
@@ -36,14 +36,15 @@ def library() -> ctypes.CDLL:
     try:
         # What -march=native stands for is in the compiler's own command line.
         target = run(*compiler, *FLAGS, "-###", "-E", "-x", "c++", os.devnull)
-        key = "\0".join((target, *FLAGS, *(source.read_text() for source in SOURCES)))
+        sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+        key = "\0".join((target, *FLAGS, *(source.read_text() for source in sources)))
         path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             build(compiler, path)
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise CannotBuild(str(error)) from None
-    loaded.kept_size.restype = loaded.state_size.restype = ctypes.c_int64
+    loaded.kept_size.restype = loaded.kept_state_size.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None
     return loaded
 
@@ -68,7 +69,7 @@ def build(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        run(*compiler, *FLAGS, "-o", str(made), str(SOURCES[0]))
+        run(*compiler, *FLAGS, "-o", str(made), str(SOURCE))
         made.replace(path)
 
 

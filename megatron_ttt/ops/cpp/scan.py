@@ -89,7 +89,7 @@ class Scan(torch.autograd.Function):
         heads, K = q.shape[0] * q.shape[1], given.mini_batch
         mini_batches, groups = -(-q.shape[2] // K), max(1, -(-(q.shape[2] // K) // GROUP))
         kept_size, state_size = (
-            size(ctypes.byref(given)) for size in (library().kept_size, library().state_size)
+            size(ctypes.byref(given)) for size in (library().kept_size, library().kept_state_size)
         )
         kept = [output.new_empty(mini_batches, kept_size) for _ in range(heads)]
         kept_states = [output.new_empty(groups, state_size) for _ in range(heads)]

@@ -28,18 +28,17 @@ inline Size padded(Size n) { return (n + LANES - 1) / LANES * LANES; }
 inline Vector& at(float* p) { return *(Vector*)p; }
 inline const Vector& at(const float* p) { return *(const Vector*)p; }
 
-// A matrix by its first element and the distances between rows and between columns; where columns
-// are vectorised over they must be neighbours.
+// A matrix by its first element and the distances between rows and between columns.
 struct Matrix {
-  const float* p;
+  float* p;
   Size row, column = 1;
   Matrix T() const { return {p, column, row}; }
+  Matrix from(Size i, Size j) const { return {p + i * row + j * column, row, column}; }
 };
 
-// C (+)= alpha A B for R rows and V vectors of columns of C; rows past the m there are repeat the
-// last and are not stored.
+// R rows and V vectors of columns of C. Rows past the m there are repeat the last, unstored.
 template <int R, int V>
-static void tile(Size m, Size k, Matrix A, Matrix B, float alpha, float* C, Size ldc, bool add) {
+static void tile(Size m, Size k, Matrix C, Matrix A, Matrix B, float alpha, bool add) {
   Vector sum[R][V] = {};
   const float* row[R];
   for (int r = 0; r < R; ++r) row[r] = A.p + std::min<Size>(r, m - 1) * A.row;
@@ -53,29 +52,35 @@ static void tile(Size m, Size k, Matrix A, Matrix B, float alpha, float* C, Size
   }
   for (int r = 0; r < R && r < m; ++r)
     for (int v = 0; v < V; ++v) {
-      Vector& c = at(C + r * ldc + v * WIDTH);
+      Vector& c = at(C.p + r * C.row + v * WIDTH);
       c = add ? c + alpha * sum[r][v] : alpha * sum[r][v];
     }
 }
 
+// From column j on, as far as V vectors go; returns how far.
 template <int R, int V>
-static Size columns(Size j, Size m, Size n, Size k, Matrix A, Matrix B, float alpha, float* C,
-                    Size ldc, bool add) {
+static Size tiles(Size j, Size m, Size n, Size k, Matrix C, Matrix A, Matrix B, float alpha,
+                  bool add) {
   for (; j + V * WIDTH <= n; j += V * WIDTH)
     for (Size i = 0; i < m; i += R)
-      tile<R, V>(m - i, k, {A.p + i * A.row, A.row, A.column}, {B.p + j, B.row}, alpha,
-                 C + i * ldc + j, ldc, add);
+      tile<R, V>(m - i, k, C.from(i, j), A.from(i, 0), B.from(0, j), alpha, add);
   return j;
 }
 
-// C[m, n] = alpha A[m, k] B[k, n], or += with `add`; n is a multiple of LANES. What a register tile
-// needs of A is broadcast element by element, so A may be a transpose.
-inline void product(Size m, Size n, Size k, Matrix A, Matrix B, float alpha, float* C, Size ldc,
-                    bool add) {
+inline void product(Size m, Size n, Size k, Matrix C, Matrix A, Matrix B, float alpha, bool add) {
   Size j = 0;
-  if (REGISTERS == 32) j = columns<6, 4>(j, m, n, k, A, B, alpha, C, ldc, add);
-  j = columns<REGISTERS == 32 ? 8 : 4, 2>(j, m, n, k, A, B, alpha, C, ldc, add);
-  columns<8, 1>(j, m, n, k, A, B, alpha, C, ldc, add);
+  if (REGISTERS == 32) j = tiles<6, 4>(j, m, n, k, C, A, B, alpha, add);
+  j = tiles<REGISTERS == 32 ? 8 : 4, 2>(j, m, n, k, C, A, B, alpha, add);
+  tiles<8, 1>(j, m, n, k, C, A, B, alpha, add);
+}
+
+// C[m, n] = alpha A[m, k] B[k, n], and C += .. . Columns of B and C are neighbours, n of them, a
+// multiple of LANES. A's elements are taken one by one, so A may be a transpose.
+inline void set(Size m, Size n, Size k, Matrix C, Matrix A, Matrix B, float alpha = 1) {
+  product(m, n, k, C, A, B, alpha, false);
+}
+inline void add(Size m, Size n, Size k, Matrix C, Matrix A, Matrix B, float alpha = 1) {
+  product(m, n, k, C, A, B, alpha, true);
 }
 
 // b[n, m] = a[m, n]^T.
@@ -111,14 +116,13 @@ inline void axpy(Size n, float a, const float* x, float* y) {
 inline Vector exponential(Vector x) {
   x = x > 87.0f ? Vector{} + 87.0f : x;
   x = x < -87.0f ? Vector{} - 87.0f : x;
-  Vector n = x * 1.44269504f;
-  n = __builtin_convertvector(__builtin_convertvector(n + (n < 0 ? Vector{} - 0.5f : Vector{} + 0.5f),
-                                                      Integers),
-                              Vector);
-  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f, p = 1 / 5040.0f + Vector{};
+  Vector half = x < 0 ? Vector{} - 0.5f : Vector{} + 0.5f;
+  Integers whole = __builtin_convertvector(x * 1.44269504f + half, Integers);
+  Vector n = __builtin_convertvector(whole, Vector);
+  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts
+  Vector p = 1 / 5040.0f + Vector{};
   for (float c : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  Integers exponent = __builtin_convertvector(n, Integers) + 127;
-  return p * (Vector)(exponent << 23);
+  return p * (Vector)((whole + 127) << 23);
 }
 
 // tanh-GELU, x g with g = sigmoid(2c (x + a x^3)), and its first two derivatives; see ../gelu.py.
