@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Time the fast PyTorch scan against the naive one, both in this run, on the CPU.
+"""Time the fast scans of a CPU, PyTorch's and C++'s, against the naive one, all in this run.
 
     python benchmarks/scan_cpu.py [--quick] [--output FILE.json]
 
-Forward and backward, float32, heads of 64, two threads; the two alternate, and the ratio is of the
-best of five. On a machine with neighbours two such ratios differ by a tenth and more: there are
-several, and their median is the figure. Then the time per token and the peak memory of the fast one
-from 2k to 32k tokens.
+Forward and backward, float32, heads of 64, two threads; the three alternate, and the ratio is of
+the best of five. On a machine with neighbours two such ratios differ by a tenth and more: there are
+several, and their median is the figure. Then the time per token and the peak memory of the fast
+ones from 2k to 32k tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from megatron_ttt.ops import ttt_scan
 
 HEAD_DIM, MINI_BATCH, BASE_LR = 64, 16, {"linear": 1.0, "mlp": 0.1}
+FAST = ("torch", "cpp")
 CASES = (("linear", 1, 15), ("mlp", 1, 15), ("linear", 8, 3))  # batch, how many ratios
 BEST_OF = 5
 REQUIRED = {("linear", 1): 4, ("mlp", 1): 4, ("linear", 8): 12}
@@ -51,50 +53,54 @@ def seconds(tensors: list[torch.Tensor], backend: str) -> float:
     return time.perf_counter() - started
 
 
-def best_times(tensors: list[torch.Tensor]) -> tuple[float, float]:
-    """Best seconds of the naive and of the fast form, taken in turns."""
-    turns = [(seconds(tensors, "naive"), seconds(tensors, "torch")) for _ in range(BEST_OF)]
-    naive, fast = zip(*turns)
-    return min(naive), min(fast)
+def best_times(tensors: list[torch.Tensor]) -> list[float]:
+    """Best seconds of the naive form and of each fast one, taken in turns."""
+    turns = [[seconds(tensors, form) for form in ("naive", *FAST)] for _ in range(BEST_OF)]
+    return list(map(min, zip(*turns)))
 
 
-def compare(kind: str, batch: int, heads: int, length: int, rounds: int) -> dict:
-    """The median of `rounds` ratios, all of them, and the best times of all."""
+def compare(kind: str, batch: int, heads: int, length: int, rounds: int) -> list[dict]:
+    """Of each fast form the median of `rounds` ratios, all of them, and the best times of all."""
     tensors = inputs(kind, batch, heads, length)
-    best = [best_times(tensors) for _ in range(rounds)]
-    ratios = sorted(naive / fast for naive, fast in best)
-    ratio, (naive, fast) = statistics.median(ratios), map(min, zip(*best))
-    print(
-        f"{kind:6} batch {batch}, {heads} heads, {length} tokens: naive {naive:.3f} s, "
-        f"torch {fast:.3f} s, ratio {naive / fast:.2f}; of {BEST_OF} each {ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f}, median {ratio:.2f}",
-        flush=True,
-    )
-    case = {"kind": kind, "batch": batch, "heads": heads, "length": length}
-    return {**case, "naive_s": naive, "torch_s": fast, "ratio": ratio, "ratios": ratios}
+    naive, *fast = zip(*(best_times(tensors) for _ in range(rounds)))
+    records = []
+    for form, times in zip(FAST, fast):
+        ratios = sorted(n / t for n, t in zip(naive, times))
+        ratio = statistics.median(ratios)
+        print(
+            f"{kind:6} batch {batch}, {heads} heads, {length} tokens: naive {min(naive):.3f} s, "
+            f"{form} {min(times):.3f} s, ratio {min(naive) / min(times):.2f}; of {BEST_OF} each "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratio:.2f}",
+            flush=True,
+        )
+        case = {"form": form, "kind": kind, "batch": batch, "heads": heads, "length": length}
+        times = {"naive_s": min(naive), "seconds": min(times), "ratio": ratio, "ratios": ratios}
+        records.append({**case, **times})
+    return records
 
 
-def long_sequence(kind: str, length: int, heads: int = 2) -> dict:
+def long_sequence(form: str, kind: str, length: int, heads: int = 2) -> dict:
     """Time per token and peak memory over the start, in a process of its own."""
-    command = [sys.executable, __file__, "--one-length", kind, str(length), str(heads)]
+    command = [sys.executable, __file__, "--one-length", form, kind, str(length), str(heads)]
     record = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print(
-        f"{kind:6} {length:6} tokens: {record['us_per_token']:.1f} us a token, "
+        f"{form:5} {kind:6} {length:6} tokens: {record['us_per_token']:.1f} us a token, "
         f"{record['mib']:.0f} MiB",
         flush=True,
     )
     return record
 
 
-def one_length(kind: str, length: int, heads: int) -> dict:
+def one_length(form: str, kind: str, length: int, heads: int) -> dict:
     """What `long_sequence` asks of its process."""
     short = inputs(kind, 1, heads, 1024)
-    seconds(short, "torch")
+    seconds(short, form)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident_kib("VmRSS")
     tensors = inputs(kind, 1, heads, length)
-    best = min(seconds(tensors, "torch") for _ in range(3))
+    best = min(seconds(tensors, form) for _ in range(3))
     return {
+        "form": form,
         "kind": kind,
         "length": length,
         "us_per_token": best / length * 1e6,
@@ -115,20 +121,23 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a small case, for the tests")
     parser.add_argument("--output", type=Path, default="benchmarks/results/scan_cpu.json")
-    parser.add_argument("--one-length", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one-length", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.one_length:
-        kind, length, heads = arguments.one_length
-        print(json.dumps(one_length(kind, int(length), int(heads))))
+        form, kind, length, heads = arguments.one_length
+        print(json.dumps(one_length(form, kind, int(length), int(heads))))
         return
     if arguments.quick:
-        results = {"compared": [compare(kind, 1, 4, 512, 1) for kind in ("linear", "mlp")]}
+        cases = [compare(kind, 1, 4, 512, 1) for kind in ("linear", "mlp")]
+        results = {"compared": list(chain(*cases))}
     else:
+        cases = [compare(kind, batch, 12, 2048, rounds) for kind, batch, rounds in CASES]
         results = {
-            "compared": [compare(kind, batch, 12, 2048, rounds) for kind, batch, rounds in CASES],
+            "compared": list(chain(*cases)),
             "long": [
-                long_sequence(kind, length)
+                long_sequence(form, kind, length)
+                for form in FAST
                 for kind in ("linear", "mlp")
                 for length in (2048, 8192, 32768)
             ],

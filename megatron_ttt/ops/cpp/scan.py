@@ -105,7 +105,8 @@ class Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, *d_final_state):
-        inputs, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: under checkpointing it recomputes
+        inputs, kept = saved[:7], saved[7:]
         (B, H), shapes = inputs[0].shape[:2], ctx.state_shapes
         wide = [for_cpp(x) for x in inputs]
         given = arguments(wide, shapes[0][-1] if len(shapes) == 4 else 0)
