@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from megatron_ttt.ops import ttt_scan
+from megatron_ttt.ops.cpp.build import why_no_library
 
 HEAD_DIM, MINI_BATCH, BASE_LR = 64, 16, {"linear": 1.0, "mlp": 0.1}
 FAST = ("torch", "cpp")
@@ -124,6 +125,8 @@ def main() -> None:
     parser.add_argument("--one-length", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    if why_no_library() is not None:
+        parser.exit(2, f"error: no C++ scan to measure: {why_no_library()}\n")
     if arguments.one_length:
         form, kind, length, heads = arguments.one_length
         print(json.dumps(one_length(form, kind, int(length), int(heads))))

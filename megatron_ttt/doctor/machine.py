@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from megatron_ttt.doctor.findings import Finding
+from megatron_ttt.ops.cpp.build import why_no_library
 from megatron_ttt.planning.cost import GIB
 
 DISK_TEST_BYTES = 256 * 2**20
@@ -49,6 +50,11 @@ def _devices() -> Iterator[Finding]:
     yield Finding("good", "machine", text)
     if not torch.cuda.is_available():
         yield Finding("note", "devices", "no GPU: runs use the CPU and gloo, at toy size")
+        reason = why_no_library()
+        if reason is None:
+            yield Finding("good", "scan", "in C++")
+        else:
+            yield Finding("note", "scan", f"in PyTorch, not in C++, which is faster: {reason}")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

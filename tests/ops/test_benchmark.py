@@ -4,8 +4,10 @@ import json
 import sys
 
 from harness import run
+from test_scan import needs_cpp
 
 
+@needs_cpp
 def test_fast_scan_is_faster(tmp_path):
     output = tmp_path / "scan.json"
     run([sys.executable, "benchmarks/scan_cpu.py", "--quick", "--output", output])

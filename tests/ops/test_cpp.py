@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from harness import relative
-from test_scan import CASES, NAMES, inputs, run
+from test_scan import CASES, NAMES, inputs, needs_cpp, run
 
 from megatron_ttt import ops
 from megatron_ttt.ops import ttt_scan
@@ -34,6 +34,7 @@ def errors(kind, case):
     return {name: relative(a, b) for name, a, b in zip(names, ours, theirs)}
 
 
+@needs_cpp
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
 def test_is_the_naive_scan(kind, case):
@@ -41,6 +42,7 @@ def test_is_the_naive_scan(kind, case):
     assert max(found.values()) < 1e-5, found
 
 
+@needs_cpp
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_any_number_of_threads_and_any_strides_give_the_same_bits(kind):
     tensors = inputs(kind, 2, 3, 85, 16, 16, dtype=torch.float32)
@@ -64,6 +66,7 @@ def test_any_number_of_threads_and_any_strides_give_the_same_bits(kind):
     assert again[0].movedim(1, 2).is_contiguous()
 
 
+@needs_cpp
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_goes_on_from_its_final_state(kind):
     tensors = inputs(kind, 2, 2, 85, 16, 16, dtype=torch.float32)
@@ -77,6 +80,7 @@ def test_goes_on_from_its_final_state(kind):
     assert all(map(torch.equal, state, final))
 
 
+@needs_cpp
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_token_that_is_no_number_stays_in_its_head_and_after_it(kind):
     tensors = inputs(kind, 1, 2, 64, 16, 16, dtype=torch.float32)
@@ -100,6 +104,7 @@ def fresh_library(tmp_path, monkeypatch):
         function.cache_clear()
 
 
+@needs_cpp
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's vector units")
 @pytest.mark.parametrize("target", ["x86-64", "haswell"])
 def test_narrower_vectors(target, fresh_library, monkeypatch):
@@ -112,6 +117,7 @@ def test_narrower_vectors(target, fresh_library, monkeypatch):
     assert len(list(fresh_library.iterdir())) == 1
 
 
+@needs_cpp
 def test_several_processes_build_it_at_once(fresh_library):
     command = "from megatron_ttt.ops.cpp.build import library; library(); print('loaded')"
     processes = [
@@ -161,6 +167,13 @@ def test_without_a_library_it_is_said_once(trouble, said, fresh_library, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ttt_scan(*tensors[:7], tuple(tensors[7:]))
+
+
+@needs_cpp
+def test_auto_takes_it_on_a_cpu():
+    scan = ops.Facts("linear", 20, 8, torch.bfloat16, torch.float32, "cpu")
+    assert ops.choose(scan) == "cpp"
+    assert ops.choose(scan._replace(state_dtype=torch.float64)) == "torch"
 
 
 def test_float64_is_left_to_pytorch():

@@ -5,7 +5,10 @@ import torch
 from harness import relative
 
 from megatron_ttt.ops import ttt_scan
+from megatron_ttt.ops.cpp.build import why_no_library
 
+needs_cpp = pytest.mark.skipif(why_no_library() is not None, reason=str(why_no_library()))
+FAST = "torch", pytest.param("cpp", marks=needs_cpp)
 NAMES = ("q", "k", "v", "lam", "tau", "gamma", "beta")
 
 
@@ -90,7 +93,7 @@ def test_goes_on_from_its_final_state(kind, backend):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", FAST)
 def test_bf16_tokens_are_scanned_in_float32(kind, backend):
     tensors = inputs(kind, 1, 2, 50, 16, 16, dtype=torch.float32)
     narrow = [x.detach().bfloat16().requires_grad_() for x in tensors[:3]] + tensors[3:]
@@ -104,7 +107,7 @@ def test_bf16_tokens_are_scanned_in_float32(kind, backend):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", FAST)
 def test_gradients_that_are_not_asked_for(kind, backend):
     """Through the outputs alone, for some of the inputs, inside activation checkpointing."""
     dtype, bound = (torch.float32, 1e-5) if backend == "cpp" else (torch.float64, 1e-12)

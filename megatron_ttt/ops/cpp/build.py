@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL:
         if not path.exists():
             build(compiler, path)
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # of files; of a user without a home
         raise CannotBuild(str(error)) from None
     loaded.kept_size.restype = loaded.kept_state_size.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None
