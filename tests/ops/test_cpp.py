@@ -16,7 +16,7 @@ from megatron_ttt.ops import ttt_scan
 from megatron_ttt.ops.cpp import build
 
 # Widths between vectors', a mini-batch of more than one, and states that are kept and restored.
-MORE_CASES = [(1, 3, 50, 20, 8, False), (1, 2, 53, 24, 20, True), (1, 2, 16 * 35 + 3, 8, 16, False)]
+MORE_CASES = [(1, 3, 50, 20, 8, False), (1, 2, 53, 24, 20, True), (1, 2, 16 * 32 + 3, 8, 16, False)]
 
 
 def errors(kind, case):

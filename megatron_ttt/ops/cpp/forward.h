@@ -9,7 +9,9 @@
 // - x, q, Z, G..: a token a row, [K, E];
 // - S, eta, P1, P2: pairs of a key, the row, and a query, [K, P]; G1, D2..: hidden layers, [I, P];
 // - xq, X, Z1, D, dX: hidden layers of keys and, P columns on, of queries, [I or J, 2 P];
-// - T at the end of a name: its transpose. Columns of missing tokens are 0 where they are summed.
+// - T at the end of a name: its transpose.
+//
+// What the backward sums over columns is 0 in those of missing tokens: a ragged end comes first.
 
 #pragma once
 
@@ -94,7 +96,7 @@ class Forward : protected Sizes {
     r = std::min(K, s.length - first);
     for (Size t = 0; t < K; ++t) {
       lam[t] = t < r ? *token(s.lam, t) : 0;
-      rate[t] = r == K ? -tau[K - 1] * lam[t] : 0;
+      rate[t] = -tau[K - 1] * lam[t];
       const float *q_t = token(s.q, t), *x_t = token(s.k, t), *v_t = token(s.v, t);
       for (Size f = 0; f < F; ++f) {
         xq[f * 2 * P + t] = x[t * E + f] = t < r ? x_t[f] : 0;
@@ -196,7 +198,6 @@ class Forward : protected Sizes {
 
   // y^T of the r rows there are.
   void flip(const Buffer& y, Size n, Buffer& y_T) const {
-    if (r < K) std::fill(y_T.begin(), y_T.end(), 0.0f);
     transpose(r, n, y.data(), n, y_T.data(), P);
   }
 
