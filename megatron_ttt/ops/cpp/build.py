@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "scan.cpp"
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 
 
 class CannotBuild(Exception):

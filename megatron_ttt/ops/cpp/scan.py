@@ -4,8 +4,6 @@ Sizes as in `scan.cpp`.
 """
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -141,7 +139,6 @@ def arguments(wide: list[Tensor], M: int) -> Arguments:
 
 
 def run(function, given: Arguments, heads: int) -> None:
-    """Head by head, as threads get free: a call into the library holds no lock of Python's."""
-    of_head = partial(function, ctypes.byref(given))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(of_head, map(ctypes.c_int64, range(heads))))
+    """On torch's threads: those that spin after an operation of its go on with this."""
+    threads = min(torch.get_num_threads(), heads)
+    function(ctypes.byref(given), ctypes.c_int64(heads), ctypes.c_int(threads))
