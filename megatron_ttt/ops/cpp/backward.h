@@ -26,8 +26,8 @@ class Backward : Forward {
         std::copy_n(kept, b->size(), b->begin());
         kept += b->size();
       }
-      if ((i + 1) % group == 0 || i + 1 >= whole) {
-        const float* state = kept_state_of(i);
+      if (ends_group(i)) {
+        const float* state = group_of(i);
         std::copy_n(state, W.size(), W.begin());
         std::copy_n(state + W.size(), V.size(), V.begin());
       }

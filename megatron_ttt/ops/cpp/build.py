@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:  # of files; of a user without a home
         raise CannotBuild(str(error)) from None
-    loaded.kept_size.restype = loaded.kept_state_size.restype = ctypes.c_int64
+    loaded.kept_size.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None
     return loaded
 

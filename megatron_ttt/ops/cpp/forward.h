@@ -29,7 +29,7 @@ struct Tokens {
 struct Arguments {
   Size heads, length, features, hidden, mini_batch, group;  // H, L, F, M, K
   Tokens q, k, v, lam, output, d_output, dq, dk, dv, dlam;  // lam and dlam are [B, H, L]
-  float *const *kept, *const *kept_states;                  // a matrix a head
+  float *const *kept;                                       // a vector for each group of each head
   const float *tau, *gamma, *beta;                          // [K], [H, F], [H, F]
   float *dtau, *dgamma, *dbeta;                             // [A, K], [A, F], [A, F]
   const float *W1, *b1, *W2, *b2;                           // V^T, c, W but its last row, and that:
@@ -41,14 +41,14 @@ struct Arguments {
 struct Sizes {
   explicit Sizes(const Arguments& s)
       : F(s.features), M(s.hidden), I(M ? M : F), J(I + 1), K(s.mini_batch), E(padded(F)),
-        P(padded(K)), group(s.group), whole(s.length / K), all((s.length + K - 1) / K) {}
+        P(padded(K)), group(s.group), all((s.length + K - 1) / K) {}
 
-  // Floats kept for a mini-batch, Z, Zbar and Z1 with Z1bar, and for a group, W and V after it.
-  Size kept() const { return 2 * K * E + 2 * M * P; }
+  // Floats kept for a group: W and V after it, then of each mini-batch Z, Zbar and Z1 with Z1bar.
   Size kept_state() const { return J * E + M * E; }
+  Size kept_of_mini_batch() const { return 2 * K * E + 2 * M * P; }
+  Size kept() const { return kept_state() + group * kept_of_mini_batch(); }
 
-  const Size F, M, I, J, K, E, P, group;
-  const Size whole, all;  // mini-batches
+  const Size F, M, I, J, K, E, P, group, all;  // the last two in mini-batches
 };
 
 using Buffer = std::vector<float>;
@@ -68,16 +68,14 @@ class Forward : protected Sizes {
   void forward(Size a) {
     start(a);
     load_state(s.W1, s.b1, s.W2, s.b2, V, c, W);
-    if (whole == 0) keep_state(0);
     for (Size i = 0; i < all; ++i) {
       load(i);
       answer();
       for (Size t = 0; t < r; ++t) write_output(t);
+      if (r == K) take_step();  // a ragged end takes none
       float* kept = kept_of(i);
       for (const Buffer* b : {&Z, &Zbar, &Z1}) kept = std::copy(b->begin(), b->end(), kept);
-      if (i == whole) break;  // a ragged end takes no step
-      take_step();
-      if ((i + 1) % group == 0 || i + 1 == whole) keep_state(i);
+      if (ends_group(i)) std::copy(V.begin(), V.end(), std::copy(W.begin(), W.end(), group_of(i)));
     }
     store_state(V, c, W, s.W1_final, s.b1_final, s.W2_final, s.b2_final);
   }
@@ -219,14 +217,14 @@ class Forward : protected Sizes {
     std::copy_n(c.begin(), M, b1 + a * M);
   }
 
-  float* kept_of(Size mini_batch) const { return s.kept[a] + mini_batch * kept(); }
-  // The state after a mini-batch's group; a ragged end belongs to the last.
-  float* kept_state_of(Size mini_batch) const {
-    Size last = std::max<Size>(whole - 1, 0);
-    return s.kept_states[a] + std::min(mini_batch, last) / group * kept_state();
+  bool ends_group(Size mini_batch) const {
+    return (mini_batch + 1) % group == 0 || mini_batch + 1 == all;
   }
-  void keep_state(Size mini_batch) const {
-    std::copy(V.begin(), V.end(), std::copy(W.begin(), W.end(), kept_state_of(mini_batch)));
+  float* group_of(Size mini_batch) const {
+    return s.kept[a * ((all + group - 1) / group) + mini_batch / group];
+  }
+  float* kept_of(Size mini_batch) const {
+    return group_of(mini_batch) + kept_state() + mini_batch % group * kept_of_mini_batch();
   }
 
   float* token(const Tokens& x, Size t) const {

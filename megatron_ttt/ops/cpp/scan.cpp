@@ -5,7 +5,6 @@
 
 extern "C" {
 Size kept_size(const Arguments* s) { return Sizes(*s).kept(); }
-Size kept_state_size(const Arguments* s) { return Sizes(*s).kept_state(); }
 
 // Of all A heads, as threads get free.
 void forward(const Arguments* s, Size A, int threads) {

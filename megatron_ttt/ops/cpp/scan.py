@@ -35,7 +35,7 @@ class Arguments(ctypes.Structure):
 
     SIZES = "heads", "length", "features", "hidden", "mini_batch", "group"
     TOKENS = (*INPUTS[:4], "output", "d_output", *gradients_of(INPUTS[:4]))
-    LISTS = "kept", "kept_states"
+    LISTS = ("kept",)
     TENSORS = (
         *(*INPUTS[4:], *gradients_of(INPUTS[4:]), *STATE, *FINAL_STATE),
         *(*gradients_of(STATE), *gradients_of(FINAL_STATE)),
@@ -48,7 +48,7 @@ class Arguments(ctypes.Structure):
     )
 
     def take(self, names: tuple[str, ...], tensors) -> None:
-        """Point to tensors, or to lists of a tensor a head, which the caller keeps alive."""
+        """Point to tensors, or to a list of them, which the caller keeps alive."""
         for name, x in zip(names, tensors):
             if name in self.LISTS:
                 setattr(self, name, (ctypes.c_void_p * len(x))(*(y.data_ptr() for y in x)))
@@ -83,20 +83,16 @@ class Scan(torch.autograd.Function):
         given = arguments(wide, state[0].shape[-1] if len(state) == 4 else 0)
         output, final_state = torch.empty_like(wide[0]), [torch.empty_like(W) for W in state]
 
-        # One tensor a head: what malloc finds in its heap is mapped already.
-        heads, K = q.shape[0] * q.shape[1], given.mini_batch
-        mini_batches, groups = -(-q.shape[2] // K), max(1, -(-(q.shape[2] // K) // GROUP))
-        kept_size, state_size = (
-            size(ctypes.byref(given)) for size in (library().kept_size, library().kept_state_size)
-        )
-        kept = [output.new_empty(mini_batches, kept_size) for _ in range(heads)]
-        kept_states = [output.new_empty(groups, state_size) for _ in range(heads)]
+        # One tensor a group, so that malloc finds them in its heap, where memory is mapped already.
+        heads, mini_batches = q.shape[0] * q.shape[1], -(-q.shape[2] // given.mini_batch)
+        size, groups = library().kept_size(ctypes.byref(given)), -(-mini_batches // GROUP)
+        kept = [output.new_empty(size) for _ in range(heads * groups)]
 
-        given.take(("output", "kept", "kept_states"), (output, kept, kept_states))
+        given.take(("output", "kept"), (output, kept))
         given.take(STATE[-len(state) :], state)
         given.take(FINAL_STATE[-len(state) :], final_state)
         run(library().forward, given, heads)
-        ctx.save_for_backward(*inputs[:7], *kept, *kept_states)
+        ctx.save_for_backward(*inputs[:7], *kept)
         ctx.state_shapes = [W.shape for W in state]
         return output.to(q.dtype), *final_state
 
@@ -114,8 +110,9 @@ class Scan(torch.autograd.Function):
         d_shared = [x.new_empty(B, H, x.shape[-1]) for x in wide[4:]]
         d_state = [d_output.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
-        given.take(Arguments.LISTS, (kept[: B * H], kept[B * H :]))
-        given.take(("d_output", *gradients_of(FINAL_STATE[-len(shapes) :])), d_wide)
+        given.take(
+            ("kept", "d_output", *gradients_of(FINAL_STATE[-len(shapes) :])), [kept, *d_wide]
+        )
         given.take(gradients_of(INPUTS), d_tokens + d_shared)
         given.take(gradients_of(STATE[-len(shapes) :]), d_state)
         run(library().backward, given, B * H)
