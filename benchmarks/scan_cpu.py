@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -92,6 +92,13 @@ def long_sequence(form: str, kind: str, length: int, heads: int = 2) -> dict:
     return record
 
 
+def long_sequences(rounds: int = 3) -> list[dict]:
+    """By turns; of each length the record of the median time."""
+    cases = list(product(FAST, ("linear", "mlp"), (2048, 8192, 32768)))
+    taken = zip(*([long_sequence(*case) for case in cases] for _ in range(rounds)))
+    return [sorted(of_case, key=lambda r: r["us_per_token"])[rounds // 2] for of_case in taken]
+
+
 def one_length(form: str, kind: str, length: int, heads: int) -> dict:
     """What `long_sequence` asks of its process."""
     short = inputs(kind, 1, heads, 1024)
@@ -139,12 +146,7 @@ def main() -> None:
         cases = [compare(kind, batch, 12, 2048, rounds) for kind, batch, rounds in CASES]
         results = {
             "compared": list(chain(*cases)),
-            "long": [
-                long_sequence(form, kind, length)
-                for form in FAST
-                for kind in ("linear", "mlp")
-                for length in (2048, 8192, 32768)
-            ],
+            "long": long_sequences(),
         }
         for record in results["compared"]:
             record["required"] = REQUIRED[record["kind"], record["batch"]]
