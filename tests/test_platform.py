@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_ttt import platform as platforms
 from megatron_ttt.errors import UserError
@@ -28,6 +29,22 @@ def test_random_symbol_is_replaced(cpu_platform, name):
     replaced = getattr(random, name)
     origin = type(replaced) if name == "_CUDA_RNG_STATE_TRACKER" else replaced
     assert replaced is True or origin.__module__ == "megatron_ttt.platform.cpu"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_collectives_of_data_parallelism_go_one_by_one(cpu_platform, asynchronous):
+    from megatron.core.distributed import param_and_grad_buffer
+
+    manager = param_and_grad_buffer._coalescing_manager
+    assert manager is cpu.one_by_one
+    shards, gathered, group = torch.rand(2, 3), torch.zeros(2, 3), dist.group.WORLD
+    with manager(group, async_ops=asynchronous) as together:
+        for output, shard in zip(gathered, shards):
+            dist.all_gather_into_tensor(output, shard, group=group, async_op=asynchronous)
+        assert not gathered.any()
+    together.wait()
+    assert torch.equal(gathered, shards)
+    assert len(together.works) == (2 if asynchronous else 0)
 
 
 def test_cuda_devices_mean_the_cpu(cpu_platform):

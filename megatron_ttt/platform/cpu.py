@@ -1,11 +1,13 @@
 """Everything that megatron-core needs to run on CPU + gloo; the only file that patches anything.
 
-megatron-core speaks to `torch.cuda` by name. Three pieces give those names a CPU meaning:
+megatron-core speaks to `torch.cuda` by name. Three pieces give those names a CPU meaning, and one
+keeps away from a fault of gloo:
 
 1. `torch.cuda` functions that megatron-core calls (`CUDA_FUNCTIONS`), and Stream and Event;
 2. a TorchFunctionMode that turns device="cuda", `.cuda()`, `.to("cuda")` and `Tensor.type()` into
    their CPU twins;
-3. megatron-core's random-state tracker, and the two functions recomputation saves states with.
+3. megatron-core's random-state tracker, and the two functions recomputation saves states with;
+4. data parallelism's collectives go one by one (`one_by_one`).
 
 torch.compile is off here: megatron-core's `@jit_fuser` would compile for seconds per process.
 """
@@ -16,6 +18,7 @@ import contextlib
 import os
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -135,11 +138,30 @@ def _random_patches() -> dict[str, object]:
     }
 
 
+@contextlib.contextmanager
+def one_by_one(group, async_ops=False):
+    """torch's `_coalescing_manager`, but the collectives within are not made one.
+
+    Gloo's coalesced all-gather, when asynchronous, corrupts the heap: processes that do nothing
+    else crash within seconds to a minute, with torch 2.13 as with 2.15.
+    """
+    together = c10d._CoalescingManager()
+    operations = c10d._world.pg_coalesce_state.setdefault(group, [])
+    try:
+        yield together
+    finally:
+        del c10d._world.pg_coalesce_state[group]
+    for operation in operations:
+        tensors = [x for x in (operation.dst_tensor, operation.tensor) if x is not None]
+        reduction = {} if operation.redop is None else {"op": operation.redop}
+        together.append(operation.op(*tensors, group=group, async_op=async_ops, **reduction))
+
+
 _mode: CudaMeansCpu | None = None
 
 
 def install() -> None:
-    """Install the three pieces, once per process.
+    """Install the pieces, once per process.
 
     Raises AttributeError, naming the symbol, where an upgrade of torch or megatron-core took away
     something that is replaced here.
@@ -158,8 +180,13 @@ def install() -> None:
     _mode = CudaMeansCpu()
     _mode.__enter__()
 
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random
 
-    for name, replacement in _random_patches().items():
-        getattr(random, name)
-        setattr(random, name, replacement)
+    for module, replacements in (
+        (random, _random_patches()),
+        (param_and_grad_buffer, {"_coalescing_manager": one_by_one}),
+    ):
+        for name, replacement in replacements.items():
+            getattr(module, name)
+            setattr(module, name, replacement)
