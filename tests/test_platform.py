@@ -45,6 +45,9 @@ def test_collectives_of_data_parallelism_go_one_by_one(cpu_platform, asynchronou
     together.wait()
     assert torch.equal(gathered, shards)
     assert len(together.works) == (2 if asynchronous else 0)
+    # A sum would have gone through.
+    with pytest.raises(RuntimeError, match="BAND"), manager(group):
+        dist.all_reduce(shards, op=dist.ReduceOp.BAND, group=group)
 
 
 def test_cuda_devices_mean_the_cpu(cpu_platform):
