@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: environment quickstart test lint doctor
+.PHONY: environment quickstart test test-all test-more lint doctor
 
 environment: $(STAMP)
 
@@ -21,8 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/python tools/quickstart.py
 
-test: $(STAMP)
-	$(BIN)/python -m pytest tests
+# The first tier; everything; what everything adds to the first tier.
+test: TIER = --tier first
+test-more: TIER = --tier second
+test test-all test-more: $(STAMP)
+	$(BIN)/python -m pytest tests $(TIER) --numprocesses 2 --dist worksteal --durations 10
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

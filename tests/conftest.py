@@ -1,4 +1,4 @@
-"""Fixtures: the CPU platform in this process, and quiet subprocesses."""
+"""Tiers of tests; fixtures: the CPU platform in this process, and quiet subprocesses."""
 
 import os
 import sys
@@ -8,6 +8,49 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MARKERS = {
+    "matrix": "further layouts, models and sizes of what an unmarked case stands for",
+    "kills": "processes that are killed or interrupted at many random moments",
+    "disk": "disks that fill up, are slow or read-only",
+    "memory": "measured peaks of memory against what is estimated",
+    "nodes": "two nodes in network namespaces; needs root and iproute2",
+    "slurm": "a real Slurm controller on this machine",
+    "kubernetes": "manifests against their schema",
+    "ray": "real Ray clusters",
+    "docs": "every command of every page, and the site they make",
+    "compile": "kernels compiled ahead of time",
+}
+"""What the second tier is made of. A test with none of these markers is of the first."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tier",
+        choices=["first", "second"],
+        help="first: what `make test` runs; second: what `make test-all` adds to it",
+    )
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("numprocesses", None):
+        # One server for all workers.
+        from prefork import ensure_server
+
+        ensure_server()
+
+
+def pytest_collection_modifyitems(config, items):
+    tier = config.getoption("tier")
+    if tier:
+        chosen, others = [], []
+        for item in items:
+            second = any(item.get_closest_marker(name) for name in MARKERS)
+            (chosen if second == (tier == "second") else others).append(item)
+        items[:] = chosen
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(scope="session")

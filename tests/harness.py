@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
+from prefork import ForkedPopen, ensure_server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -130,36 +132,56 @@ PROCESSES = {"one": 1, "tp4": 4, "tp2pp2": 4, "tp2sp_dp2": 4}
 """Processes of a layout; 2 where it is not named."""
 
 
+def one_here(cases: list) -> list:
+    """Parameters of a test of which all but the first are marked as `matrix`."""
+    return [cases[0], *(further(case) for case in cases[1:])]
+
+
+def further(case):
+    """A parameter, or a tuple of them, that is marked as `matrix`."""
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.matrix)
+
+
 @dataclass
 class Job:
-    """Cases for the worker, gathered by number of processes, so that each job starts once."""
+    """Cases for the worker, by name. A case is run when first asked for what it wrote."""
 
     folder: Path
-    cases: dict[int, list[dict]] = field(default_factory=dict)
+    _cases: dict[str, list[tuple[int, dict]]] = field(default_factory=dict)
+    _after: dict[str, str] = field(default_factory=dict)
 
     def import_official(self, name: str, config, parameters) -> Path:
-        """Let the first job of one process make a checkpoint of official weights."""
+        """Make a checkpoint of official weights."""
         source = write_official(self.folder / f"{name}.hf", config, parameters)
         output = self.folder / f"{name}.checkpoint"
-        self.cases.setdefault(1, []).append({"import": str(source), "output": str(output)})
+        self._add(name, 1, {"import": str(source), "output": str(output)})
+        self.run(name)
         return output
 
-    def train(self, name: str, layout: str, recipe: dict, overrides=(), **wanted: bool) -> None:
+    def train(
+        self,
+        name: str,
+        layout: str,
+        recipe: dict,
+        overrides=(),
+        *,
+        after: str | None = None,
+        **wanted: bool,
+    ) -> None:
         """Add a run of `recipe` (a configuration tree) at a layout; its folder is `name`.
 
+        A name that is given again is the run's next part. after: a case that runs before this one.
         wanted: `gradients`, `moments` (see worker.py).
         """
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         run_dir = self.folder / name
-        self.cases.setdefault(PROCESSES.get(layout, 2), []).append(
-            {
-                "train": [str(path)],
-                "overrides": [*LAYOUTS[layout], f"run.dir={run_dir}", "run.device=cpu", *overrides],
-                "output": str(run_dir / "result"),
-                **wanted,
-            }
-        )
+        overrides = [*LAYOUTS[layout], f"run.dir={run_dir}", "run.device=cpu", *overrides]
+        case = {"train": [str(path)], "overrides": overrides, "output": str(run_dir / "result")}
+        self._add(name, PROCESSES.get(layout, 2), {**case, **wanted})
+        if after:
+            self._after[name] = after
 
     def evaluate(
         self, name: str, layout: str, checkpoint: Path, ids: torch.Tensor, dtype, kind="evaluate"
@@ -168,37 +190,43 @@ class Job:
         same; its folder is `name`."""
         path = self.folder / f"{name}.npy"
         np.save(path, ids.numpy())
-        self.cases.setdefault(PROCESSES.get(layout, 2), []).append(
-            {
-                kind: str(checkpoint),
-                "dtype": dtype,
-                "overrides": [*LAYOUTS[layout], "run.device=cpu"],
-                "input_ids": str(path),
-                "output": str(self.folder / name / "result"),
-            }
-        )
+        case = {
+            kind: str(checkpoint),
+            "dtype": dtype,
+            "overrides": [*LAYOUTS[layout], "run.device=cpu"],
+            "input_ids": str(path),
+            "output": str(self.folder / name / "result"),
+        }
+        self._add(name, PROCESSES.get(layout, 2), case)
 
-    def run(self) -> None:
-        """Run all cases, jobs of fewer processes first."""
-        for processes in sorted(self.cases):
-            path = self.folder / f"cases{processes}.json"
-            path.write_text(json.dumps(self.cases[processes]))
+    def _add(self, name: str, processes: int, case: dict) -> None:
+        self._cases.setdefault(name, []).append((processes, case))
+
+    def run(self, name: str) -> Path:
+        """Run a case unless it was run; its folder."""
+        if name in self._after:
+            self.run(self._after[name])
+        for number, (processes, case) in enumerate(self._cases[name]):
+            path = self.folder / f"{name}-case{number}.json"
+            path.write_text(json.dumps(case))
             torchrun(processes, WORKER, path)
+        self._cases[name] = []
+        return self.folder / name
 
     def losses(self, name: str, first: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The losses and gradient norms of a run, step by step from `first`."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        lines = (self.run(name) / "metrics.jsonl").read_text().splitlines()
         steps = [record for record in map(json.loads, lines) if "loss" in record]
         assert [record["step"] for record in steps] == list(range(first, len(steps) + first))
         return tuple(np.array([record[key] for record in steps]) for key in ("loss", "grad_norm"))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors that the worker wrote for a case."""
-        return load_file(self.folder / name / "result" / "result.safetensors")
+        return load_file(self.run(name) / "result" / "result.safetensors")
 
     def facts(self, name: str) -> dict:
         """What the worker wrote about a run."""
-        return json.loads((self.folder / name / "result" / "result.json").read_text())
+        return json.loads((self.run(name) / "result" / "result.json").read_text())
 
 
 def environment() -> dict[str, str]:
@@ -207,27 +235,60 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(processes: int, script: Path, *arguments) -> str:
-    """Run a script under torchrun; its output, or an error that shows it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", "0", "--standalone", str(script), *map(str, arguments)]
-    return run(command)
+    """Run a script as one job of so many processes; its output, or an error that shows it.
+
+    The processes are what torchrun would start, forked (see prefork.py).
+    """
+    return run([sys.executable, script, *arguments], ranks=processes)
 
 
-def run(command: list, *, expect: int = 0) -> str:
-    """Run a command; its output, or an error that shows it where the exit code is another."""
+def start(
+    command: list,
+    stdout,
+    stderr=None,
+    *,
+    ranks: int | None = None,
+    forked: bool = True,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen:
+    """Start a command that writes to open files, by default both streams to one.
+
+    What Python would run is forked from a process that has imported it (see prefork.py), unless
+    `forked` is false.
+    """
+    ensure_server()
+    command = [str(part) for part in command]
+    options = {"cwd": cwd, "env": env or environment(), "stderr": stderr or stdout}
+    if not forked:
+        return subprocess.Popen(command, stdout=stdout, **options)
+    return ForkedPopen(command, ranks=ranks, stdout=stdout, **options)
+
+
+def run(command: list, *, expect: int = 0, **options) -> str:
+    """Run a command; its output, or an error that shows it where the exit code is another.
+
+    options: those of `start`.
+    """
     # Into a file: a pipe would be held open by helper processes that a crashed rank leaves.
     with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        code = start(command, log, **options).wait()
         log.seek(0)
         output = log.read()
-    assert done.returncode == expect, f"exit code {done.returncode} of {command}:\n{output[-6000:]}"
+    assert code == expect, f"exit code {code} of {command}:\n{output[-6000:]}"
     return output
+
+
+def finish(command: list, **options) -> subprocess.CompletedProcess:
+    """Run a command; its exit code and what it wrote to each stream.
+
+    options: those of `start`.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        code = start(command, out, error, **options).wait()
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), error.read())
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

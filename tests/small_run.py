@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from harness import ROOT, environment
+from harness import start
+from prefork import ForkedPopen
 
 from megatron_ttt.checkpoint.store import list_checkpoints
 
@@ -49,27 +50,38 @@ def steps(run_dir: Path) -> list[int]:
     return [listed.step for listed in list_checkpoints(run_dir)]
 
 
-def start(recipe: list[str], run_dir: Path, log: Path, *more: str) -> subprocess.Popen:
-    """Two tensor-parallel processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *COMMAND, *recipe, f"run.dir={run_dir}"]
-    command += ["parallel.tensor_model_parallel_size=2", *more]
+def begin(recipe: list[str], run_dir: Path, log: Path, *more: str) -> ForkedPopen:
+    """Start two tensor-parallel processes."""
     with open(log, "w") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        return start([sys.executable, *command_of(recipe, run_dir, *more)], file, ranks=2)
 
 
-def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes of a launcher, by rank."""
-    children = psutil.Process(launcher.pid).children()
-    found = {process.environ().get("RANK"): process for process in children}
-    return [found[rank] for rank in ("0", "1") if rank in found]
+def begin_torchrun(
+    recipe: list[str], run_dir: Path, log: Path, *more: str
+) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """Start two tensor-parallel processes under torchrun; its process, and theirs by rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *command_of(recipe, run_dir, *more)]
+    with open(log, "w") as file:
+        launcher = start(command, file, forked=False)
+    while launcher.poll() is None:
+        children = psutil.Process(launcher.pid).children()
+        found = {process.environ().get("RANK"): process for process in children}
+        if {"0", "1"} <= set(found):
+            return launcher, [found["0"], found["1"]]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text()[-3000:])
 
 
-def wait_for(log: Path, text: str, launcher: subprocess.Popen, seconds: float = 240) -> None:
-    """Until a launcher's log holds a text."""
+def command_of(recipe: list[str], run_dir: Path, *more: str) -> list[str]:
+    """The command of a run at TP2."""
+    layout = "parallel.tensor_model_parallel_size=2"
+    return [*COMMAND, *recipe, f"run.dir={run_dir}", layout, *more]
+
+
+def wait_for(log: Path, text: str, run: subprocess.Popen, seconds: float = 240) -> None:
+    """Wait until the log of a run holds a text."""
     end = time.monotonic() + seconds
     while text not in log.read_text():
-        assert launcher.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        assert run.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.02)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROOT, environment, run, torchrun
+from harness import ROOT, environment, finish, run, torchrun
 
 from megatron_ttt.data.indexed import IndexedWriter
 from megatron_ttt.data.tokenizer_training import train_tokenizer
@@ -124,12 +124,10 @@ def test_evaluation_repeats_the_validation_loss(whole_run):
     assert no_inner != loss
 
 
-def refusal(command) -> str:
+def refusal(command, **options) -> str:
     """The one line, all there is on stderr, with which a command refuses."""
     user = {key: value for key, value in environment().items() if key != "PYTHONWARNINGS"}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=user, capture_output=True, text=True
-    )
+    done = finish(command, env=user, **options)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -188,7 +186,8 @@ def test_refuses_a_checkpoint_of_another_architecture(data, whole_run, tmp_path)
 
 
 def test_refuses_to_start_over_a_run(data, whole_run):
-    line = refusal([*PRETRAIN, *options(data, whole_run, "checkpoint.load=none")])
+    # In a process of its own: imports must say nothing either.
+    line = refusal([*PRETRAIN, *options(data, whole_run, "checkpoint.load=none")], forked=False)
     assert "checkpoint-6" in line
     assert (whole_run / "checkpoint-6" / "state.json").exists()
 

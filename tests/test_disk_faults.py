@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run
-from small_run import COMMAND, STEPS, losses, small_recipe, start, steps, wait_for
+from small_run import COMMAND, STEPS, begin, losses, small_recipe, steps, wait_for
 
 from megatron_ttt.checkpoint.faults import _of_the_disk
 from megatron_ttt.checkpoint.manifest import find_damage
@@ -94,7 +94,7 @@ def test_goes_on_when_the_disk_is_full(recipe, whole, small_disk, tmp_path, mode
     run_dir, log = small_disk / "run", tmp_path / "log"
     take_up(whole, run_dir)
     ballast = fill(small_disk, leave)
-    launcher = start(recipe, run_dir, log, f"checkpoint.{mode}", "checkpoint.keep=2")
+    launcher = begin(recipe, run_dir, log, f"checkpoint.{mode}", "checkpoint.keep=2")
     wait_for(log, "checkpoint-3 was not saved (rank ", launcher)
     # Nothing was removed for a checkpoint that did not come, nor did it leave anything.
     assert steps(run_dir)[:2] == [1, 2]

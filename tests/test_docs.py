@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
 from harness import ROOT, environment
@@ -91,15 +92,8 @@ def run(words: list[str], folder: Path) -> None:
     assert program == "python", (
         f"mark {shlex.join(words)!r} as not run, or teach the test to run it"
     )
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout[-3000:]}"
+    environ = {**environment(), "PYTHONPATH": str(ROOT)}
+    harness.run([sys.executable, *arguments], cwd=folder, env=environ)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

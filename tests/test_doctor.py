@@ -5,7 +5,6 @@ import contextlib
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import tokenizers
 import yaml
 from data.data_helpers import write_pair
-from harness import ROOT
+from harness import ROOT, finish
 from launch_helpers import Node, script_environment, tiny_overrides, two_nodes
 
 from megatron_ttt.config import load_config
@@ -208,9 +207,7 @@ def test_the_trial_and_its_resume(tmp_path):
     recipe.write_text(yaml.safe_dump({"extends": str(parent), "run": {"dir": f"{tmp_path}/run"}}))
     command = [*DOCTOR, "--trial", "--config", str(recipe), "data.train=[nowhere]"]
     command += ["checkpoint.keep=1", "training.steps=3"]  # which the trial needs more of
-    done = subprocess.run(
-        command, env=script_environment(), cwd=ROOT, capture_output=True, text=True
-    )
+    done = finish(command, env=script_environment())
     lines = done.stdout.splitlines()
     assert any(line.startswith("problem  data.train: nowhere") for line in lines)
     assert "random tokens, as the recipe's are not there" in done.stdout
@@ -223,9 +220,7 @@ def test_a_trial_that_fails_says_why(tmp_path):
     recipe = ROOT / "yaml_recipes/debug_cpu.yaml"
     overrides = [f"run.dir={tmp_path}/run", "run.device=cuda"]
     command = [*DOCTOR, "--trial", "--config", recipe, *overrides]
-    done = subprocess.run(
-        command, env=script_environment(), cwd=ROOT, capture_output=True, text=True
-    )
+    done = finish(command, env=script_environment())
     assert done.returncode == 1
     assert "problem  trial: ended with exit code" in done.stdout
     assert "run.device=cuda, but torch sees no GPU" in done.stdout
@@ -247,7 +242,5 @@ def test_a_resume_from_elsewhere_is_a_problem(monkeypatch, tmp_path):
 
 
 def test_what_needs_a_recipe():
-    done = subprocess.run(
-        [*DOCTOR, "--trial"], env=script_environment(), cwd=ROOT, capture_output=True, text=True
-    )
+    done = finish([*DOCTOR, "--trial"], env=script_environment())
     assert done.returncode == 2 and "error: --config is not given" in done.stderr

@@ -25,7 +25,6 @@ def job(tmp_path_factory):
         for layout in layouts:
             ids = tensors["input_ids"]
             job.evaluate(f"{name}-{layout}", layout, checkpoint, ids, "float32", kind="statistics")
-    job.run()
     return job
 
 

@@ -7,7 +7,6 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROOT, environment, run
+from harness import ROOT, environment, run, start
 from small_run import STEPS, small_recipe
 
 from megatron_ttt.config import load_config
@@ -48,13 +47,8 @@ def taken_up_again(recipe, tmp_path_factory) -> tuple[Path, str, str]:
 def run_in_terminal(command: list[str]) -> str:
     """What a command shows in a terminal."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "100"},
-        stdout=theirs,
-        stderr=theirs,
-    )
+    terminal = {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = start(command, theirs, env={**environment(), **terminal})
     os.close(theirs)
     shown = b""
     while True:

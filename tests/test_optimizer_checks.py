@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import LAYOUTS, ROOT, run, torchrun
+from harness import LAYOUTS, ROOT, torchrun
 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
 from megatron_ttt.errors import TrainingError
 
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-PRETRAIN = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
+PRETRAIN = [ROOT / "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def test_what_a_checkpoint_gives_back_is_what_was_saved(build_trainer, recipe, t
     parts = [("tp2", "training.exit_step=2"), ("pp2", "training.exit_step=3"), ("dp2", "")]
     for layout, stop in parts:
         options = [*LAYOUTS[layout], *recipe, f"run.dir={run_dir}", *([stop] if stop else [])]
-        run([*COMMAND, "2", *PRETRAIN, *options])
+        torchrun(2, *PRETRAIN, *options)
     states = sorted(run_dir.glob("checkpoint-*/state.json"))
     assert [path.parent.name for path in states] == [f"checkpoint-{n}" for n in (2, 3, 4)]
 

@@ -1,12 +1,11 @@
 """What `--dry-run` says, against processes that do it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import LAYOUTS, PROCESSES, ROOT, environment, run, torchrun
+from harness import LAYOUTS, PROCESSES, ROOT, finish, run, torchrun
 
 from megatron_ttt.config import check_layout, load_config
 from megatron_ttt.errors import UserError
@@ -30,7 +29,7 @@ def test_memory_estimate_is_the_measured_peak(layer, precision):
     command = [sys.executable, "benchmarks/memory_estimate.py", "--child"]
     command += ["--config", f"yaml_recipes/{layer}_125m.yaml", *SCALED_DOWN[precision]]
     command += [f"training.precision={precision}", "training.micro_batch_size=1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = finish(command)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["precision"] == precision

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import run
-from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, wait_for
+from small_run import COMMAND, STEPS, begin, losses, small_recipe, wait_for
 
 from megatron_ttt.errors import EXIT_STOPPED, UserError
 from megatron_ttt.training import run_lock
@@ -22,16 +22,15 @@ from megatron_ttt.training import run_lock
 def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):
     recipe = [*small_recipe(tmp_path), "checkpoint.export_final=false"]
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    first = start(recipe, run_dir, log)
+    first = begin(recipe, run_dir, log)
     wait_for(log, "Saved", first)
-    rank_0 = ranks(first)[0]
-    rank_0.send_signal(signal.SIGSTOP)  # else it is done before the other is
+    os.kill(first.pid, signal.SIGSTOP)  # else it is done before the other is
     before = sorted(path.name for path in run_dir.iterdir())
     command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}", "run.timeout_minutes=0.1"]
-    refused = f"error: process {rank_0.pid} on {socket.gethostname()} is training in run.dir="
+    refused = f"error: process {first.pid} on {socket.gethostname()} is training in run.dir="
     assert f"{refused}{run_dir}: stop it, or set" in run(command, expect=2)
     assert sorted(path.name for path in run_dir.iterdir()) == before
-    rank_0.send_signal(signal.SIGCONT)
+    os.kill(first.pid, signal.SIGCONT)
     assert first.wait(120) == 0, log.read_text()[-3000:]
     assert [step for step, *_ in losses(run_dir)] == list(range(1, STEPS + 1))
 

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, run, torchrun
-from small_run import COMMAND, STEPS, losses, ranks, small_recipe, start, steps, wait_for
+from small_run import (
+    COMMAND,
+    STEPS,
+    begin,
+    begin_torchrun,
+    losses,
+    small_recipe,
+    steps,
+    wait_for,
+)
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_test import digests
@@ -228,7 +237,15 @@ def test_a_milestone_where_there_are_no_hard_links(whole, tmp_path, monkeypatch)
 def test_killed_at_any_moment_it_is_the_same_run(tmp_path):
     """The short version of benchmarks/kill_test.py."""
     output = tmp_path / "tally.json"
-    command = [sys.executable, "benchmarks/kill_test.py", "--kills", "2", "--steps", "8"]
+    command = [
+        sys.executable,
+        "benchmarks/kill_test.py",
+        "--forked",
+        "--kills",
+        "2",
+        "--steps",
+        "8",
+    ]
     run([*command, "--setups", "TP2 background", "--output", output])
     tally = json.loads(output.read_text())
     assert tally["total"]["in all"] == 2 and tally["total"]["inside a save"] >= 1
@@ -248,22 +265,40 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert prune(tmp_path, keep=0) == []
 
 
-@pytest.mark.parametrize("number,rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
-def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, tmp_path, number, rank):
-    whole_dir, run_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert start(recipe, whole_dir, log).wait() == 0, log.read_text()[-3000:]
-    launcher = start(recipe, run_dir, log)
+@pytest.fixture(scope="module")
+def whole_of_two(recipe, tmp_path_factory) -> Path:
+    """The folder of a run of two tensor-parallel processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole of two")
+    assert begin(recipe, folder / "run", folder / "log").wait() == 0
+    return folder / "run"
+
+
+def test_a_signal_on_one_rank_stops_all_under_torchrun(recipe, whole_of_two, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    launcher, processes = begin_torchrun(recipe, run_dir, log)
     wait_for(log, "Step 2:", launcher)
-    processes = ranks(launcher)
-    os.kill(processes[rank].pid, number)
-    launcher.wait()
+    processes[1].send_signal(signal.SIGTERM)
+    assert launcher.wait() == 1 and "exitcode  : 75" in log.read_text()
+    check_stop("SIGTERM", recipe, run_dir, log, whole_of_two)
+
+
+def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole_of_two, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    run = begin(recipe, run_dir, log)
+    wait_for(log, "Step 2:", run)
+    os.kill(run.pids[0], signal.SIGUSR1)
+    assert run.wait() == 75
+    check_stop("SIGUSR1", recipe, run_dir, log, whole_of_two)
+
+
+def check_stop(signal_name: str, recipe, run_dir: Path, log: Path, whole_dir: Path) -> None:
+    """A stopped run has a checkpoint of its last step, from which the same command goes on."""
     output = log.read_text()
-    assert f"{number.name} was received. The same command goes on" in output, output[-3000:]
-    assert "exitcode  : 75" in output
+    assert f"{signal_name} was received. The same command goes on" in output, output[-3000:]
     stopped_at = steps(run_dir)[-1]
     assert 2 <= stopped_at < STEPS
     assert find_damage(run_dir / f"checkpoint-{stopped_at}") is None
-    assert start(recipe, run_dir, log).wait() == 0, log.read_text()[-3000:]
+    assert begin(recipe, run_dir, log).wait() == 0, log.read_text()[-3000:]
     assert f"at step {stopped_at}\n" in log.read_text()
     assert losses(run_dir) == losses(whole_dir)
 
@@ -271,8 +306,8 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, tmp_path, numb
 def test_stops_when_its_time_is_up(recipe, whole, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"]
-    output = run([*command, "training.exit_after_minutes=0.01"], expect=75)
-    assert "training.exit_after_minutes=0.01 are over" in output
+    output = run([*command, "training.exit_after_minutes=1e-4"], expect=75)
+    assert "training.exit_after_minutes=0.0001 are over" in output
     assert steps(run_dir) == [1]
     run(command)
     assert losses(run_dir) == losses(whole)

@@ -8,13 +8,15 @@ In bf16 the curve is followed within 1%, and the two halves give the whole run's
 import numpy as np
 import pytest
 import torch
-from harness import Job, model_section, read_golden, relative, section
+from harness import Job, further, model_section, read_golden, relative, section
 
 KINDS = ["linear", "mlp"]
 LAYOUTS = ["one", "tp2", "tp2sp", "pp2", "dp2"]
 BF16_LAYOUTS = ["one", "tp2sp", "dp2"]
-CASES = [(kind, layout, "fp32") for kind in KINDS for layout in LAYOUTS]
-CASES += [(kind, layout, "bf16") for kind in KINDS for layout in BF16_LAYOUTS]
+ALL_CASES = [(kind, layout, "fp32") for kind in KINDS for layout in LAYOUTS]
+ALL_CASES += [(kind, layout, "bf16") for kind in KINDS for layout in BF16_LAYOUTS]
+HERE = [("linear", "tp2sp", "fp32"), ("linear", "dp2", "bf16"), ("mlp", "one", "fp32")]
+CASES = [case if case in HERE else further(case) for case in ALL_CASES]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def job(tmp_path_factory):
         checkpoint = job.import_official(kind, config, section(golden, "init"))
         tokens = job.folder / f"{kind}.npy"
         np.save(tokens, golden["tokens"].numpy())
-        for _, layout, precision in [case for case in CASES if case[0] == kind]:
+        for _, layout, precision in [case for case in ALL_CASES if case[0] == kind]:
             recipe = {
                 "model": model_section(config),
                 "optimizer": {"lr": 3e-3, "warmup_fraction": 8 / 40},
@@ -44,7 +46,6 @@ def job(tmp_path_factory):
             job.train(name, layout, recipe)
             job.train(f"{name}-halves", layout, recipe, ["training.exit_step=20"])
             job.train(f"{name}-halves", layout, recipe, ["checkpoint.load=auto"])
-    job.run()
     return job
 
 

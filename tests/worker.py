@@ -1,6 +1,6 @@
-"""Run cases, one after the other, in one torchrun job; every rank takes part in all.
+"""Run one case on every rank of a job.
 
-    torchrun --nproc-per-node N tests/worker.py CASES.json
+    torchrun --nproc-per-node N tests/worker.py CASE.json
 
 A case is one of
 - {"import": HF_DIR, "output": CHECKPOINT};
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import sys
 from functools import partial
@@ -31,34 +30,15 @@ import torch.distributed as dist
 
 
 def main() -> None:
-    """Run every case of the file named on the command line, each in a child of its own.
-
-    A child takes its process groups and models with it when it ends; in one process they pile up,
-    hundreds of gloo threads that wake up a hundred times a second. What all cases share, the
-    imports, is made once, before.
-    """
+    """Run the case of the file named on the command line."""
     faulthandler.enable()
     torch.set_num_threads(1)
-    import megatron_ttt.evaluation
-    import megatron_ttt.training.trainer  # noqa: F401
-
-    for number in range(len(json.loads(Path(sys.argv[1]).read_text()))):
-        child = multiprocessing.get_context("fork").Process(target=run_case, args=(number,))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(child.exitcode)
-
-
-def run_case(number: int) -> None:
-    """Run one case of the file."""
-    cases_file = Path(sys.argv[1])
-    case = json.loads(cases_file.read_text())[number]
+    path = Path(sys.argv[1])
+    case = json.loads(path.read_text())
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(f"{cases_file}.store{number}", size)
+    store = dist.FileStore(f"{path}.store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    kind = next(kind for kind in CASES if kind in case)
-    CASES[kind](case)
+    CASES[next(kind for kind in CASES if kind in case)](case)
     dist.barrier()
 
 

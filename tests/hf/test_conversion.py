@@ -117,14 +117,13 @@ def layouts(tmp_path_factory):
             if layer == "ttt_mlp":
                 recipe["checkpoint"] = {"load": str(checkpoint)}
             job.train(f"{name}-{layout}", layout, recipe)
-    job.run()
     return job
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2pp2"])
 def test_every_layout_exports_the_same_bytes(layout, layouts, tmp_path):
     _, tensors = read_golden("jax_mlp_mamba")
-    checkpoint = layouts.folder / f"fp32-{layout}" / "checkpoint-1"
+    checkpoint = layouts.run(f"fp32-{layout}") / "checkpoint-1"
     export_checkpoint(checkpoint, tmp_path / "hf")
     assert same(weights(tmp_path / "hf"), section(tensors, "param"))
     import_directory(tmp_path / "hf", tmp_path / "again")
@@ -139,8 +138,8 @@ def test_every_layout_exports_the_same_bytes(layout, layouts, tmp_path):
 @pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "tp2pp2"])
 def test_the_transformer_baseline_is_a_llama(layout, layouts, tmp_path):
     """bf16, every layout the same bytes; import gives them back."""
-    export_checkpoint(layouts.folder / f"llama-{layout}" / "checkpoint-1", tmp_path / "hf")
-    export_checkpoint(layouts.folder / "llama-one" / "checkpoint-1", tmp_path / "one")
+    export_checkpoint(layouts.run(f"llama-{layout}") / "checkpoint-1", tmp_path / "hf")
+    export_checkpoint(layouts.run("llama-one") / "checkpoint-1", tmp_path / "one")
     exported = weights(tmp_path / "hf")
     assert same(exported, weights(tmp_path / "one"))
     if layout != "tp2pp2":
@@ -206,7 +205,7 @@ def test_several_ends_of_text(kind, layouts, tmp_path, monkeypatch):
     if kind == "ttt":
         write_official(source, *random_official("linear", "transformer", layers=1))
     else:
-        export_checkpoint(layouts.folder / "llama-one" / "checkpoint-1", source)
+        export_checkpoint(layouts.run("llama-one") / "checkpoint-1", source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 3]}))
     import_directory(source, tmp_path / "checkpoint")

@@ -167,7 +167,6 @@ def test_greedy_ids_are_the_same_from_either_side_and_under_torchrun(models, tmp
     # The megatron model's own greedy choice at every position.
     job = Job(tmp_path)
     job.evaluate("greedy", "one", models / "checkpoint", torch.from_numpy(ids), "float64")
-    job.run()
     best = job.tensors("greedy")["logits"].argmax(-1)[:, 19:-1]
     assert np.array_equal(best.numpy(), ids[:, 20:])
 
