@@ -16,7 +16,7 @@ MARKERS = {
     "memory": "measured peaks of memory against what is estimated",
     "nodes": "two nodes in network namespaces; needs root and iproute2",
     "slurm": "a real Slurm controller on this machine",
-    "kubernetes": "manifests against their schema",
+    "versions": "other versions of what the project builds on",
     "ray": "real Ray clusters",
     "docs": "every command of every page, and the site they make",
     "compile": "kernels compiled ahead of time",

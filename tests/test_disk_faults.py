@@ -81,13 +81,14 @@ def check_untouched(run_dir: Path, step: int) -> None:
 
 
 FULL_AT = [
+    ("asynchronous=true", 400_000),  # one rank's shards
+    ("asynchronous=false", 400_000),
     ("asynchronous=false", 13_000),  # common.pt, after the run's lock and config.yaml
-    ("asynchronous=false", 400_000),  # one rank's shards
-    ("asynchronous=true", 400_000),
     ("asynchronous=true", 840_000),  # .metadata
 ]
 
 
+@pytest.mark.disk
 @pytest.mark.parametrize("mode,leave", FULL_AT)
 def test_goes_on_when_the_disk_is_full(recipe, whole, small_disk, tmp_path, mode, leave):
     """leave: how many bytes there are for the next checkpoint."""

@@ -96,6 +96,7 @@ def run(words: list[str], folder: Path) -> None:
     harness.run([sys.executable, *arguments], cwd=folder, env=environ)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs_or_says_why_not(page, workplace):
     shutil.rmtree(workplace / "data", ignore_errors=True)  # another page's
@@ -152,6 +153,7 @@ def test_the_reference_has_every_key():
             assert re.search(rf"^\| `{key.name}` \| .+ \| .+ \| .+ \|$", part, re.MULTILINE), key
 
 
+@pytest.mark.docs
 def test_the_pages_build_without_a_warning_or_a_network(tmp_path):
     pytest.importorskip("latex2mathml", reason="formulas need latex2mathml: pip install .[docs]")
     done = subprocess.run(
@@ -173,6 +175,7 @@ def test_the_pages_build_without_a_warning_or_a_network(tmp_path):
     assert "sequence_parallel" in (tmp_path / "site/configuration/index.html").read_text()
 
 
+@pytest.mark.docs
 def test_the_pictures_script_draws(workplace):
     run(["python", "tools/draw_explanation.py", "--steps", "2", "--output", "images"], workplace)
     for name in ("loss_by_position.svg", "inner_loss.svg", "explanation.json"):

@@ -138,6 +138,7 @@ def examine(nodes: list[Node], folder: Path, wait: int = 60) -> list[tuple[int, 
     return [(process.wait(), log.read_text()) for process, log in zip(running, logs)]
 
 
+@pytest.mark.nodes
 def test_two_good_nodes(nodes, tmp_path):
     for code, report in examine(nodes, tmp_path):
         assert code == 0, report
@@ -157,6 +158,7 @@ def blocked(node: Node, port: int, how: str):
         node.run("iptables", "-D", *rule)
 
 
+@pytest.mark.nodes
 def test_a_blocked_port_is_found_and_named(nodes, tmp_path):
     """The first node drops calls of the rendezvous port and rejects those of a handed-out one."""
     handed_out = ports_to_try(PORT)[2]
@@ -173,6 +175,7 @@ def test_a_blocked_port_is_found_and_named(nodes, tmp_path):
     assert "collective: not tried" in report_here and "collective: not tried" in report_there
 
 
+@pytest.mark.nodes
 def test_a_port_that_another_program_holds(nodes, tmp_path):
     """A listener that takes calls and says nothing."""
     silent = "import socket, time; s = socket.create_server(('', 29500)); print(1); time.sleep(600)"

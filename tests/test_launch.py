@@ -111,6 +111,7 @@ def test_the_menu_plans_before_it_trains():
     assert "huge is none of" in launch("launch_training.sh", answers="huge\n", expect=2)
 
 
+@pytest.mark.kills
 def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
     """The script trains; stopped by a signal it leaves with 75; with RUN_DIR it goes on. A torchrun
     that is killed is started again, when the processes it left have saved and ended."""
@@ -208,6 +209,7 @@ say("began")
     assert log.read_text().split() in (["began"] * 2 + ["stopped"] * n for n in (1, 2))
 
 
+@pytest.mark.kills
 @pytest.mark.skipif(
     "--signals-to-handle" not in get_args_parser().format_help(), reason="an older torchrun"
 )

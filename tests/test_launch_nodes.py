@@ -16,6 +16,7 @@ from launch_helpers import (
     wait_until,
 )
 
+pytestmark = pytest.mark.nodes
 CONTAINER = kubernetes_container()
 COMMAND = [*CONTAINER["command"], *CONTAINER["args"]]
 """The command line that the Kubernetes manifest gives to each pod."""

@@ -9,6 +9,7 @@ from harness import ROOT, run
 from launch_helpers import losses, script_environment, tiny_overrides, wait_until
 from slurm_node import slurm_node
 
+pytestmark = pytest.mark.slurm
 SCRIPT = "examples/multi_node/slurm.sbatch"
 STEPS = 5000
 

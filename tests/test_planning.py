@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import LAYOUTS, PROCESSES, ROOT, finish, run, torchrun
+from harness import LAYOUTS, PROCESSES, ROOT, finish, one_here, run, torchrun
 
 from megatron_ttt.config import check_layout, load_config
 from megatron_ttt.errors import UserError
@@ -23,6 +23,7 @@ SCALED_DOWN = {
 }
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("precision", SCALED_DOWN)
 @pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp", "transformer"])
 def test_memory_estimate_is_the_measured_peak(layer, precision):
@@ -64,7 +65,7 @@ def test_refuses_plans_of_nothing():
             dry_run(config, 8, gpu=gpu, memory_gib=memory)
 
 
-@pytest.mark.parametrize("layer", ["ttt_linear", "attention"])
+@pytest.mark.parametrize("layer", one_here(["ttt_linear", "attention"]))
 @pytest.mark.parametrize("layout", ["tp2", "tp2sp", "pp2", "dp2"])
 def test_bytes_sent_are_those_a_rank_sends(layer, layout, tmp_path):
     overrides = [

@@ -4,30 +4,17 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 
-from harness import ROOT, environment
+from harness import ROOT, run
 
 
 def test_every_stage_runs(tmp_path):
     for name in ("tools", "yaml_recipes", "pretrain_ttt.py"):
         os.symlink(ROOT / name, tmp_path / name)
-    with open(tmp_path / "log", "w+") as log:
-        done = subprocess.run(
-            [
-                *(sys.executable, "tools/quickstart.py", "training.steps=6"),
-                *("training.eval_batches=1", "checkpoint.milestone_every=3"),
-                "checkpoint.export_milestones=true",
-            ],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        log.seek(0)
-        output = log.read()
-    assert done.returncode == 0, output[-4000:]
+    options = ["training.steps=6", "training.eval_batches=1", "checkpoint.milestone_every=3"]
+    options += ["checkpoint.export_milestones=true"]
+    output = run([sys.executable, "tools/quickstart.py", *options], cwd=tmp_path)
     # The checkpoint and the milestone of a step are the same files.
     assert re.search(r"Resumed from runs/quickstart/run/\w+-3 at step 3", output)
     assert "Exported runs/quickstart/run/milestone-3-hf" in output

@@ -124,6 +124,7 @@ def test_sigterm_to_the_whole_process_group(recipe, indexed, tmp_path):
     assert steps(run_dir)[-1] == losses(run_dir)[-1][0]
 
 
+@pytest.mark.kills
 def test_a_rank_that_hangs_is_named(recipe, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     launcher, (_, hanging) = begin_torchrun(recipe, run_dir, log, "run.timeout_minutes=0.5")
@@ -154,6 +155,7 @@ def test_a_rank_that_crashes_says_where(recipe, tmp_path):
     assert f'File "{ROOT}/pretrain_ttt.py", line ' in where
 
 
+@pytest.mark.kills
 def test_ranks_whose_launcher_was_killed_save_and_leave(recipe, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     launcher, processes = begin_torchrun(recipe, run_dir, log)

@@ -42,6 +42,7 @@ def mix(tmp_path_factory) -> tuple[Path, Path]:
     return once, often
 
 
+@pytest.mark.memory
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("backend", "workers"), [("sentencepiece", 1), ("sentencepiece", 2), ("gigatoken", 1)]

@@ -14,6 +14,7 @@ from megatron_ttt.data.preprocess import preprocess
 
 pytest.importorskip("ray", reason="the optional package ray is not installed")
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 SHARDS = 12
 

@@ -300,6 +300,7 @@ def test_parts_of_an_array_work_side_by_side_and_each_only_once(corpus, tmp_path
     assert not Path(f"{corpus[1]}.tasks").exists()
 
 
+@pytest.mark.kills
 @pytest.mark.timeout(300)
 def test_killed_at_random_moments(tmp_path):
     assert kill_test(tmp_path, kills=5, workers=2, seed=0)["killed"] == 5

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import ROOT, environment
 
 OLD = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
@@ -25,6 +26,7 @@ def old_transformers() -> Path:
     return folder
 
 
+@pytest.mark.versions
 def test_the_model_works_with_transformers_4_57():
     path = os.pathsep.join([str(old_transformers()), os.environ.get("PYTHONPATH", "")])
     code = "import transformers; assert transformers.__version__ == '4.57.6'; import pytest, sys;"

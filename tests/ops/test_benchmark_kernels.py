@@ -1,26 +1,21 @@
 """The kernels' benchmark runs its whole course where it can, and says so where it cannot."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from harness import ROOT, environment
+from harness import ROOT, environment, finish
 
 pytest.importorskip("triton")
 
 
 def benchmark(*arguments, **extra):
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks/kernels.py", *arguments],
-        env={**environment(), "PYTHONPATH": str(ROOT), **extra},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, ROOT / "benchmarks/kernels.py", *arguments]
+    return finish(command, env={**environment(), "PYTHONPATH": str(ROOT), **extra})
 
 
+@pytest.mark.compile
 def test_checks_and_times_every_form(tmp_path):
     output = tmp_path / "result.json"
     extra = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

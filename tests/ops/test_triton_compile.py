@@ -1,15 +1,15 @@
 """What the recipes launch compiles ahead of time for sm_80 and sm_90, on any machine."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import environment
+from harness import environment, finish
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.compile
 
 
 def compiled(output: Path, *arguments: str) -> list[dict]:
@@ -18,7 +18,7 @@ def compiled(output: Path, *arguments: str) -> list[dict]:
     env.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("compile_triton.py")
     command = [sys.executable, script, "--choices", "1", "--output", output, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = finish(command, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 

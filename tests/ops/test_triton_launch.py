@@ -114,7 +114,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kind", SCAN)
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.compile)])
 def test_one_compilation_serves_every_length(device, deterministic, kind):
     forward, backward = SCAN[kind]
     for length in (1, 16, 37, 160):
@@ -123,6 +123,7 @@ def test_one_compilation_serves_every_length(device, deterministic, kind):
     assert device.compiled == {forward: 2, backward: 1}, "one that keeps states, one that does not"
 
 
+@pytest.mark.compile
 def test_choices_are_timed_once_and_remembered_on_disk(device):
     choices = len(linear.CHOICES)
     scan("linear", 40)
@@ -136,6 +137,7 @@ def test_choices_are_timed_once_and_remembered_on_disk(device):
     assert device.timed == 2 * choices
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_round_the_scan_one_compilation_serves_every_length(device, monkeypatch, ranks):
     monkeypatch.setattr(norm_gate, "row_statistics", lambda var, mean, *_: (mean, var))
