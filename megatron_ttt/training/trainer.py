@@ -92,6 +92,8 @@ class Trainer:
         check_loggers(config)
         self.resume_from = self._find_checkpoint()
         self.data = open_data(config)
+        for note in self.data.notes if self.is_first_rank else ():
+            say(note)
 
         self.chunks = build_chunks(config, core_config(config, platform))
         for chunk in self.chunks:
