@@ -161,7 +161,7 @@ class Index:
         if size != expected:
             raise UserError(f"{path} has {size} bytes where its header says {expected}; {_REMEDY}")
         self.dtype = np.dtype(_DTYPE_CODES[code])
-        content = np.memmap(path, np.uint8, "r", offset=0)[_HEADER.size :]
+        content = np.asarray(np.memmap(path, np.uint8, "r"))[_HEADER.size :]
         self.lengths = content[: 4 * sequences].view("<i4")
         self.offsets = content[4 * sequences : 12 * sequences].view("<i8")
         self.documents = content[12 * sequences :].view("<i8")
@@ -221,24 +221,23 @@ def _fault(index: Index) -> str | None:
     """What is wrong with the entries of an index, the first thing found."""
     offset = 0
     for start in range(0, len(index.lengths), CHUNK_DOCUMENTS):
-        lengths = index.lengths[start : start + CHUNK_DOCUMENTS].astype(np.int64)
+        lengths = index.lengths[start : start + CHUNK_DOCUMENTS]
         if lengths.min() < 0:
             worst = int(lengths.argmin())
             return f"sequence {start + worst} has {lengths[worst]} tokens"
-        ends = offset + np.cumsum(lengths) * index.dtype.itemsize
-        expected = np.concatenate([[offset], ends[:-1]])
-        wrong = np.flatnonzero(index.offsets[start : start + CHUNK_DOCUMENTS] != expected)
-        if len(wrong):
-            return f"a gap before sequence {start + wrong[0]}"
+        ends = offset + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
+        wrong = index.offsets[start : start + CHUNK_DOCUMENTS] != np.append(offset, ends[:-1])
+        if wrong.any():
+            return f"a gap before sequence {start + int(wrong.argmax())}"
         offset = int(ends[-1])
     if index.documents[0] != 0:
         return "its documents do not begin with its sequences"
     if index.documents[-1] != len(index.lengths):
         return "its documents do not end with its sequences"
     for start in range(0, len(index.documents) - 1, CHUNK_DOCUMENTS):
-        back = np.flatnonzero(np.diff(index.documents[start : start + CHUNK_DOCUMENTS + 1]) < 0)
-        if len(back):
-            return f"document {start + back[0]} ends before it begins"
+        back = np.diff(index.documents[start : start + CHUNK_DOCUMENTS + 1]) < 0
+        if back.any():
+            return f"document {start + int(back.argmax())} ends before it begins"
     return None
 
 

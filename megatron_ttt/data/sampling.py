@@ -48,8 +48,8 @@ class TokenLoader:
     fork of a process that runs gloo or CUDA threads is not safe. `pin_memory` puts the microbatches
     where a GPU fetches them from while the host goes on. Raises `UserError` when the
     dataset ends before the last step, when the batch sizes do not come out even, and for a
-    microbatch with a token id outside 0 .. vocab_size - 1: on a tensor-parallel rank the model
-    would take it for another rank's and train on.
+    microbatch with a token id outside 0 .. vocab_size - 1 (None: none is): with TP the model
+    would take it for another rank's entry and train on.
     """
 
     dataset: Dataset
