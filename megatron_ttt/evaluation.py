@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def measure(evaluator: Evaluator | OfficialEvaluator, config: Config) -> dict[st
     batches = data.validation_batches()
     if not batches:
         raise UserError("data.validation is not set: name what to evaluate on")
+    for note in data.notes if dist.get_rank() == 0 else ():
+        print(note, file=sys.stderr, flush=True)
     length = batches[0].shape[1] - 1
     # Rows: summed losses and counted targets by position; then, the sequences' means and number.
     sums = torch.zeros(3, max(length, 2), dtype=torch.float64)

@@ -105,10 +105,11 @@ class LanguageModel(GPTModel):
 
         Padded entries are masked here: megatron-core's cross-entropy would count them.
         """
-        first = logits.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
-        padding = first + logits.shape[-1] - self.real_vocab_size
-        if padding > 0:
-            keep = logits.shape[-1] - padding
+        entries = logits.shape[-1]
+        # Entries of this rank that are real: none on a rank that lies behind the vocabulary.
+        first = entries * parallel_state.get_tensor_model_parallel_rank()
+        keep = max(0, self.real_vocab_size - first)
+        if keep < entries:
             logits = torch.cat(
                 [logits[..., :keep], torch.full_like(logits[..., keep:], -torch.inf)], dim=-1
             )

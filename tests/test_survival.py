@@ -128,30 +128,6 @@ def test_a_checkpoint_of_another_function_is_warned_of(whole):
         check_architecture(checkpoint, {**model, "num_layers": 3}, said.append)
 
 
-def test_samples_in_another_order_are_warned_of(recipe, whole, capsys):
-    from types import SimpleNamespace
-
-    from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer
-
-    checkpoint = find_newest(whole)
-    for more, warnings in (
-        ([], 0),
-        (["run.seed=7"], 1),
-        (["run.seed=7", "training.seq_length=8"], 2),
-        (["data.fixed_batches=moved.npy"], 1),
-        (["data.fixed_batches=null", "data.train=[other]"], 2),
-    ):
-        overrides = [o for o in recipe if o.startswith(("training.", "model.", "data."))] + more
-        config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
-        Trainer._check_data_position(SimpleNamespace(config=config), checkpoint)
-        said = capsys.readouterr().out
-        assert said.count("what it was trained on may come again") == warnings, said
-    checkpoint.config["data"]["tokenizer_model"] = "another.model"
-    Trainer._check_data_position(SimpleNamespace(config=config), checkpoint)
-    assert "data.tokenizer_model=another.model, not None: unless" in capsys.readouterr().out
-
-
 def test_saves_in_the_background(recipe, whole, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, *COMMAND, *recipe, f"run.dir={run_dir}"]

@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from megatron_ttt.config import Config
-from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
-from megatron_ttt.data.indexed import bin_path, check_indexed, idx_path
+from megatron_ttt.data.blend import parse_blend, times_read
+from megatron_ttt.data.dataset import FixedBatches, build_datasets
+from megatron_ttt.data.indexed import bin_path, idx_path
 from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.sampling import TokenLoader
 from megatron_ttt.data.tokenizer import (
@@ -29,12 +30,17 @@ from megatron_ttt.platform import CUDA
 
 @dataclass(frozen=True)
 class Data:
-    """The datasets of a run, and the token id that is masked as a target (None: none is)."""
+    """The datasets of a run, and the token id that is masked as a target (None: none is).
+
+    notes: what a user may not expect of them, a line each, for the log.
+    """
 
     config: Config
     train: Dataset | None
     validation: Dataset | None
+    validation_samples: int
     masked_id: int | None
+    notes: list[str]
 
     def train_batches(self, first_step: int, stop_step: int) -> Iterator[list[torch.Tensor]]:
         """This rank's microbatches, step by step: a list of int64 [micro_batch_size, L + 1]."""
@@ -46,7 +52,7 @@ class Data:
         if self.validation is None:
             return []
         # Without workers: all is read at once while training waits, and they take long to start.
-        return next(iter(self._loader(self.validation, 0, 1, len(self.validation))))
+        return next(iter(self._loader(self.validation, 0, 1, self.validation_samples)))
 
     def _loader(
         self, dataset, first_step, stop_step, batch_size=None, num_workers=0
@@ -62,6 +68,7 @@ class Data:
             parallel_state.get_data_parallel_world_size(),
             num_workers,
             pin_memory=dist.get_backend() == CUDA.backend,
+            vocab_size=self.config.model.vocab_size,
         )
 
 
@@ -86,21 +93,24 @@ def open_data(config: Config, *, train: bool = True) -> Data:
     elif data.train or data.validation:
         raise UserError("data.tokenizer_model is not set: name the model the data was made with")
 
-    train_blend = _blend(data.train) if train else None
-    validation_blend = _blend(data.validation)
     train_set, validation_set = build_datasets(
-        train_blend,
-        validation_blend,
+        (train and data.train) or None,
+        data.validation or None,
         train_samples=training.steps * training.global_batch_size,
-        validation_samples=_validation_samples(config, validation_blend),
+        validation_samples=training.eval_batches * training.global_batch_size,
         seq_length=training.seq_length,
         seed=config.run.seed,
-        tokenizer=tokenizer,
         cache_dir=data.cache_dir or Path(config.run.dir) / "cache",
     )
+    notes = _repeats(config) if train_set else []
+    validation_samples = 0
+    if validation_set is not None:
+        validation_samples, note = _validation_samples(config, len(validation_set))
+        notes += note
     if train and data.fixed_batches:
         train_set = _fixed_batches(config)
-    return Data(config, train_set, validation_set, _masked_id(config, tokenizer))
+    masked_id = _masked_id(config, tokenizer)
+    return Data(config, train_set, validation_set, validation_samples, masked_id, notes)
 
 
 def data_files(config: Config) -> list[Path]:
@@ -126,45 +136,44 @@ def _fixed_batches(config: Config) -> FixedBatches:
     return batches
 
 
-def _prefixes(*entries: list[str]) -> list[str]:
+def _prefixes(*blends: list[str]) -> list[str]:
     """The datasets of some blends as they are configured."""
-    return [prefix for blend in map(_blend, entries) if blend for prefix in parse_blend(blend)[0]]
+    return [prefix for blend in blends if blend for prefix in parse_blend(blend)[0]]
 
 
-def _blend(entries: list[str]) -> list[str | float] | None:
-    """Configured entries with the weights, which every second one may be, as numbers."""
-    blend = [_number(entry) if index % 2 == 0 else entry for index, entry in enumerate(entries)]
-    if len(blend) == 1 or not isinstance(next(iter(blend), ""), float):
-        blend = list(entries)
-    return blend or None
+def _repeats(config: Config) -> list[str]:
+    """A line for each dataset that training passes over more than once."""
+    training = config.training
+    samples = training.steps * training.global_batch_size
+    times = times_read(config.data.train, samples, training.seq_length)
+    return [
+        f"data.train: {training.steps} steps read {prefix} {passes:.2f} times over"
+        for prefix, passes in times.items()
+        if passes > 1
+    ]
 
 
-def _number(entry: str) -> float | str:
-    try:
-        return float(entry)
-    except ValueError:
-        return entry
+def _validation_samples(config: Config, held: int) -> tuple[int, list[str]]:
+    """Sequences of one validation, of `held` that there are: whole microbatches on every rank.
 
-
-def _validation_samples(config: Config, blend: list[str | float] | None) -> int:
-    """Sequences of one validation: `eval_batches` global batches, or what one pass over the data
-    gives in whole microbatches (megatron-core would start over without a word)."""
-    if blend is None:
-        return 0
+    With a line where they are fewer than was asked for.
+    """
     training, parallel = config.training, config.parallel
-    prefixes, _ = parse_blend(blend)
-    held = sum((check_indexed(p).tokens - 1) // training.seq_length for p in prefixes)
     unit = training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     if parallel.virtual_pipeline_model_parallel_size is not None:
         unit *= parallel.pipeline_model_parallel_size
-    samples = min(training.eval_batches * training.global_batch_size, held) // unit * unit
+    samples, asked = held // unit * unit, training.eval_batches * training.global_batch_size
     if samples == 0:
         raise UserError(
             f"data.validation holds {held} sequences of {training.seq_length} tokens, fewer than "
             f"the {unit} of one microbatch on every rank: give more, or lower "
             "training.micro_batch_size"
         )
-    return samples
+    if samples == asked:
+        return samples, []
+    line = f"data.validation: a validation takes {samples} sequences, not the {asked} of "
+    line += f"training.eval_batches={training.eval_batches}: there are {held}"
+    return samples, [line]
 
 
 def _masked_id(config: Config, tokenizer: Tokenizer | None) -> int | None:

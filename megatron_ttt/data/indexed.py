@@ -161,10 +161,15 @@ class Index:
         if size != expected:
             raise UserError(f"{path} has {size} bytes where its header says {expected}; {_REMEDY}")
         self.dtype = np.dtype(_DTYPE_CODES[code])
-        content = np.memmap(path, np.uint8, "r", offset=0)[_HEADER.size :]
+        content = np.asarray(np.memmap(path, np.uint8, "r"))[_HEADER.size :]
         self.lengths = content[: 4 * sequences].view("<i4")
         self.offsets = content[4 * sequences : 12 * sequences].view("<i8")
         self.documents = content[12 * sequences :].view("<i8")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, by the last one's place."""
+        return int(self.offsets[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
     def tokens_per_document(self) -> Iterator[np.ndarray]:
         """The number of tokens of each document, in chunks, int64; 0 for an empty one."""
@@ -175,11 +180,11 @@ class Index:
             yield np.diff(ends[bounds - bounds[0]])
 
 
-def check_indexed(prefix: str | Path) -> IndexedInfo:
-    """Open a pair and compare its two files with each other; token ids are not scanned.
+def open_indexed(prefix: str | Path) -> Index:
+    """The index of a pair whose two files are there and fit each other by their sizes.
 
-    Raises `UserError` for a missing, truncated or foreign file, for files that do not belong
-    together, and for a pair without a token.
+    Its entries are not scanned, so it takes no time. Raises `UserError` for a missing, truncated or
+    foreign file, for files that do not belong together, and for a pair without a token.
     """
     idx, bin_ = idx_path(prefix), bin_path(prefix)
     for path in (idx, bin_):
@@ -189,18 +194,51 @@ def check_indexed(prefix: str | Path) -> IndexedInfo:
                 "and made by tools/preprocess_c4.py"
             )
     index = Index(prefix)
-    sequences, documents = len(index.lengths), len(index.documents)
-    if sequences == 0 or documents == 0:
+    if len(index.lengths) == 0 or len(index.documents) == 0:
         raise UserError(f"{prefix} holds no tokens; {_REMEDY}")
-    if index.documents[-1] != sequences:
-        raise UserError(
-            f"{idx} is corrupt (its documents do not end with its sequences); {_REMEDY}"
-        )
-    bin_size = os.path.getsize(bin_)
-    expected = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
-    if bin_size != expected:
-        raise UserError(f"{bin_} has {bin_size} bytes where its .idx says {expected}; {_REMEDY}")
-    return IndexedInfo(index.dtype, sequences, documents - 1, bin_size // index.dtype.itemsize)
+    size, expected = os.path.getsize(bin_), index.tokens * index.dtype.itemsize
+    if size != expected:
+        raise UserError(f"{bin_} has {size} bytes where its .idx says {expected}; {_REMEDY}")
+    if expected == 0:
+        raise UserError(f"{prefix} holds no tokens; {_REMEDY}")
+    return index
+
+
+def check_indexed(prefix: str | Path) -> IndexedInfo:
+    """Open a pair as `open_indexed` does and scan its index; token ids are not scanned.
+
+    Raises `UserError` too for an index that contradicts itself: a negative length, sequences that
+    do not follow each other in the .bin, documents that do not follow each other.
+    """
+    index = open_indexed(prefix)
+    fault = _fault(index)
+    if fault is not None:
+        raise UserError(f"{idx_path(prefix)} is corrupt ({fault}); {_REMEDY}")
+    return IndexedInfo(index.dtype, len(index.lengths), len(index.documents) - 1, index.tokens)
+
+
+def _fault(index: Index) -> str | None:
+    """What is wrong with the entries of an index, the first thing found."""
+    offset = 0
+    for start in range(0, len(index.lengths), CHUNK_DOCUMENTS):
+        lengths = index.lengths[start : start + CHUNK_DOCUMENTS]
+        if lengths.min() < 0:
+            worst = int(lengths.argmin())
+            return f"sequence {start + worst} has {lengths[worst]} tokens"
+        ends = offset + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
+        wrong = index.offsets[start : start + CHUNK_DOCUMENTS] != np.append(offset, ends[:-1])
+        if wrong.any():
+            return f"a gap before sequence {start + int(wrong.argmax())}"
+        offset = int(ends[-1])
+    if index.documents[0] != 0:
+        return "its documents do not begin with its sequences"
+    if index.documents[-1] != len(index.lengths):
+        return "its documents do not end with its sequences"
+    for start in range(0, len(index.documents) - 1, CHUNK_DOCUMENTS):
+        back = np.diff(index.documents[start : start + CHUNK_DOCUMENTS + 1]) < 0
+        if back.any():
+            return f"document {start + int(back.argmax())} ends before it begins"
+    return None
 
 
 def check_ids(prefix: str | Path, ids: np.ndarray, vocab_size: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ttt.data.indexed import bin_path, check_ids, check_indexed
+from megatron_ttt.data.indexed import bin_path, check_ids, open_indexed
 from megatron_ttt.data.tokenizer import Tokenizer
 from megatron_ttt.data.workspace import load_json
 from megatron_ttt.errors import UserError
@@ -16,8 +16,8 @@ _LOOKED_AT = 1 << 20
 
 def check_made_with(prefix: str, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse a pair that was made with another tokenizer: by its manifest, where there is one, and
-    by its first and last ids. Raises `UserError` for a missing or damaged pair too."""
-    info = check_indexed(prefix)
+    by its first and last ids. Raises `UserError` too for a pair that `open_indexed` refuses."""
+    index = open_indexed(prefix)
     final = _final_manifest(Path(prefix))
     if final is not None:
         if tokenizer.sha256 != final["options"]["tokenizer"]:
@@ -27,7 +27,7 @@ def check_made_with(prefix: str, tokenizer: Tokenizer, vocab_size: int) -> None:
                 "again"
             )
         check_control_ids(tokenizer, final)
-    tokens = np.memmap(bin_path(prefix), info.dtype, "r")
+    tokens = np.memmap(bin_path(prefix), index.dtype, "r")
     for ids in (tokens[:_LOOKED_AT], tokens[-_LOOKED_AT:]):
         check_ids(prefix, ids, vocab_size)
 

@@ -47,7 +47,9 @@ class TokenLoader:
     With `num_workers` the samples are fetched ahead in that many processes, which are spawned: a
     fork of a process that runs gloo or CUDA threads is not safe. `pin_memory` puts the microbatches
     where a GPU fetches them from while the host goes on. Raises `UserError` when the
-    dataset ends before the last step, and when the batch sizes do not come out even.
+    dataset ends before the last step, when the batch sizes do not come out even, and for a
+    microbatch with a token id outside 0 .. vocab_size - 1 (None: none is): with TP the model
+    would take it for another rank's entry and train on.
     """
 
     dataset: Dataset
@@ -59,6 +61,7 @@ class TokenLoader:
     dp_size: int = 1
     num_workers: int = 0
     pin_memory: bool = False
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         self._microbatches(self.first_step)
@@ -88,7 +91,11 @@ class TokenLoader:
         )
         fetched = iter(loader)
         for step in steps:
-            yield [next(fetched) for _ in self._microbatches(step)]
+            microbatches = []
+            for indices in self._microbatches(step):
+                microbatches.append(next(fetched))
+                self._check_ids(indices, microbatches[-1])
+            yield microbatches
 
     def _microbatches(self, step: int) -> list[list[int]]:
         return microbatch_indices(
@@ -98,6 +105,19 @@ class TokenLoader:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
         )
+
+    def _check_ids(self, indices: list[int], tokens: torch.Tensor) -> None:
+        if self.vocab_size is None:
+            return
+        least, largest = torch.aminmax(tokens)
+        if least < 0 or largest >= self.vocab_size:
+            wrong = (tokens < 0) | (tokens >= self.vocab_size)
+            row, column = wrong.nonzero()[0].tolist()
+            raise UserError(
+                f"{self.dataset.place(indices[row], column)}: the id {tokens[row, column]} is "
+                f"outside 0..{self.vocab_size - 1}; give data made for model.vocab_size="
+                f"{self.vocab_size}, or run the preprocessing again"
+            )
 
 
 def _leave_group(worker: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ttt.config import Config
+from megatron_ttt.data.blend import parse_blend, times_read
 from megatron_ttt.data.indexed import check_indexed
 from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -23,31 +24,30 @@ def check_files(config: Config) -> Iterator[Finding]:
         yield finding
     if data.fixed_batches is not None:
         yield _fixed_batches(data.fixed_batches)
-    wanted = training.steps * training.global_batch_size * training.seq_length
-    for key, entries in (("train", data.train), ("validation", data.validation)):
-        for prefix in filter(_is_prefix, entries):
+    for key, blend in (("train", data.train), ("validation", data.validation)):
+        try:
+            prefixes = parse_blend(blend)[0] if blend else []
+        except UserError as error:
+            yield Finding("problem", f"data.{key}", str(error))
+            continue
+        whole = True
+        for prefix in prefixes:
             try:
                 info = check_indexed(prefix)
                 if tokenizer is not None:
                     check_made_with(prefix, tokenizer, config.model.vocab_size)
             except UserError as error:
+                whole = False
                 yield Finding("problem", f"data.{key}", str(error))
                 continue
             text = f"{prefix}, {info.documents:,} documents, {info.tokens:,} tokens"
-            if key == "train" and len(data.train) == 1 and info.tokens < wanted:
-                passes = wanted / max(info.tokens, 1)
-                yield Finding("note", "data.train", f"{text}: read {passes:.1f} times over")
-            else:
-                yield Finding("good", f"data.{key}", text)
-
-
-def _is_prefix(entry: str) -> bool:
-    """Not one of the weights that may stand between the prefixes."""
-    try:
-        float(entry)
-    except ValueError:
-        return True
-    return False
+            yield Finding("good", f"data.{key}", text)
+        if key == "train" and prefixes and whole:
+            samples = training.steps * training.global_batch_size
+            for prefix, passes in times_read(blend, samples, training.seq_length).items():
+                if passes > 1:
+                    text = f"{prefix} is read {passes:.1f} times over"
+                    yield Finding("note", "data.train", text)
 
 
 def _tokenizer(path: str, vocab_size: int) -> tuple[Tokenizer | None, Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ttt.config import Config, check_layout
+from megatron_ttt.data.blend import times_read
 from megatron_ttt.errors import UserError
 from megatron_ttt.planning.communication import bytes_per_step
 from megatron_ttt.planning.cost import (
@@ -58,6 +59,7 @@ def dry_run(
         "steps": training.steps,
         "tokens_per_step": tokens_per_step,
         "tokens": tokens_per_step * training.steps,
+        "times_read": _times_read(config),
         "flops_per_token": flops,
         "flops": flops * tokens_per_step * training.steps,
         "device": "cpu" if on_cpu else gpu or "cuda",
@@ -78,6 +80,19 @@ def dry_run(
     plan["fits"] = plan["memory_gib_per_rank"]["total"] <= room
     plan["layouts"] = [layout.as_dict() for layout in layouts[:SUGGESTIONS]]
     return plan
+
+
+def _times_read(config: Config) -> dict[str, float] | None:
+    """How often each dataset of `data.train` is read; None where there is none, or not here."""
+    training = config.training
+    if not config.data.train:
+        return None
+    samples = training.steps * training.global_batch_size
+    try:
+        times = times_read(config.data.train, samples, training.seq_length)
+    except UserError:
+        return None
+    return {prefix: round(passes, 4) for prefix, passes in times.items()}
 
 
 def _runs_on_cpu(config: Config) -> bool:
@@ -104,6 +119,11 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
         f"GiB a rank sends in a step: {_parts(plan['sent_gib_per_step'])}",
         f"GiB on disk: {_parts(plan['disk_gib'])}",
     ]
+    if plan["times_read"] is not None:
+        times = ", ".join(f"{prefix} {n:.2f}" for prefix, n in plan["times_read"].items())
+        lines.append(f"Times that the data is read: {times}")
+    elif config.data.train:
+        lines.append("Times that the data is read: unknown, it is not here")
     if "step_seconds" in plan:
         lines.append(f"{plan['step_seconds']:.2f} s a step, {plan['hours']:.1f} hours in all")
     if "fits" in plan:

@@ -46,6 +46,7 @@ from megatron_ttt.training.optimizer import (
     step_optimizer,
     wrap_chunks,
 )
+from megatron_ttt.training.resume_checks import check_resume
 from megatron_ttt.training.saving import Saver
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
@@ -91,6 +92,8 @@ class Trainer:
         check_loggers(config)
         self.resume_from = self._find_checkpoint()
         self.data = open_data(config)
+        for note in self.data.notes if self.is_first_rank else ():
+            say(note)
 
         self.chunks = build_chunks(config, core_config(config, platform))
         for chunk in self.chunks:
@@ -131,8 +134,7 @@ class Trainer:
                 checkpoint = named
         if checkpoint is not None:
             check_architecture(checkpoint, to_dict(self.config)["model"], say)
-            self._check_parameter_groups(checkpoint)
-            self._check_data_position(checkpoint)
+            check_resume(checkpoint, self.config, say)
             if self._is_own(checkpoint):
                 check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
         return checkpoint
@@ -146,46 +148,6 @@ class Trainer:
         load = self.config.checkpoint.load
         since = newest.step > named.step and newest.config["checkpoint"].get("load") == load
         return self._is_own(named) and not since
-
-    def _check_parameter_groups(self, checkpoint: Checkpoint) -> None:
-        if not checkpoint.state["has_optimizer"]:
-            return
-        there = checkpoint.config["optimizer"]["decay_all"]
-        if there != self.config.optimizer.decay_all:
-            raise UserError(
-                f"{checkpoint.path} holds the optimizer of optimizer.decay_all={str(there).lower()}"
-                ": set that, or export and import the weights to start anew with them"
-            )
-
-    def _check_data_position(self, checkpoint: Checkpoint) -> None:
-        here = self.config.training.global_batch_size
-        if checkpoint.step == 0:
-            return
-        there = checkpoint.config["training"]["global_batch_size"]
-        if there != here:
-            raise UserError(
-                f"{checkpoint.path} was trained with training.global_batch_size={there}; going on "
-                f"with {here} would repeat or skip data"
-            )
-        order = "what it was trained on may come again, other text never"
-        moved = f"unless it is the same under another path, {order}"
-        for section, key, why in (
-            ("run", "seed", order),
-            ("training", "seq_length", order),
-            ("data", "train", moved),
-            ("data", "fixed_batches", moved),
-            ("data", "tokenizer_model", "unless it is the same, ids may stand for other text"),
-        ):
-            there, here = checkpoint.config[section][key], to_dict(self.config)[section][key]
-            if there != here:
-                say(
-                    f"Warning: {checkpoint.path} was trained with {section}.{key}={there}, not "
-                    f"{here}: {why}"
-                )
-        if checkpoint.step > self.config.training.steps:
-            raise UserError(
-                f"{checkpoint.path} is past training.steps={self.config.training.steps}: raise it"
-            )
 
     def _resume(self) -> None:
         checkpoint = self.resume_from

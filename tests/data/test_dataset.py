@@ -3,21 +3,17 @@ import hashlib
 import pickle
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import numbered_documents, write_pair
 
-from megatron_ttt.data.dataset import FixedBatches, build_datasets, parse_blend
+from megatron_ttt.data.blend import parse_blend, times_read
+from megatron_ttt.data.dataset import FixedBatches, build_datasets
 from megatron_ttt.errors import UserError
 
 LENGTH = 16
-# A pad piece, and 0, among the tokens: neither may be masked or replaced.
-TOKENIZER = SimpleNamespace(
-    vocab_size=100_000, eos_id=2, pad_id=7, unique_identifiers={"sha256": "test"}
-)
 
 
 def build(cache_dir: Path, train=None, train_samples=0, validation=None, validation_samples=0):
@@ -28,7 +24,6 @@ def build(cache_dir: Path, train=None, train_samples=0, validation=None, validat
         validation_samples=validation_samples,
         seq_length=LENGTH,
         seed=3,
-        tokenizer=TOKENIZER,
         cache_dir=cache_dir,
     )
 
@@ -58,7 +53,7 @@ def test_windows_cover_an_epoch_once_and_overlap_by_one_token(tmp_path):
     assert len(breaks) > 0
     assert set(breaks) <= last_ids
     assert not np.array_equal(samples[:, 0], np.sort(samples[:, 0]))
-    assert dataset.epochs == pytest.approx(count * LENGTH / tokens)
+    assert times_read(prefix, count, LENGTH) == {prefix: pytest.approx(count * LENGTH / tokens)}
 
 
 def test_samples_beyond_those_asked_for_do_not_exist(tmp_path):
@@ -74,7 +69,7 @@ def test_more_samples_than_text_repeat_it(tmp_path):
     prefix = write_pair(tmp_path / "data", numbered_documents(10, seed=1))
     dataset = build_train(tmp_path / "cache", prefix, 200)
     assert len([dataset[i] for i in range(200)]) == 200
-    assert dataset.epochs > 2
+    assert times_read(prefix, 200, LENGTH)[prefix] > 2
 
 
 def test_train_and_validation_come_from_their_own_prefixes(tmp_path):
@@ -104,8 +99,8 @@ def test_blends_mix_by_weight_or_by_tokens(tmp_path):
 
 
 def test_few_samples_of_a_lopsided_blend(tmp_path):
-    prefix = write_pair(tmp_path / "data", [np.arange(2 * LENGTH + 1)])
-    blend = [90, prefix] + [1, prefix] * 10
+    names = [write_pair(tmp_path / f"{n}", [np.arange(2 * LENGTH + 1)]) for n in range(11)]
+    blend = [90, names[0]] + [entry for name in names[1:] for entry in (1, name)]
     for samples in [1, 2, 10]:
         dataset = build_train(tmp_path / "cache", blend, samples)
         assert len([dataset[i] for i in range(len(dataset))]) == samples
@@ -192,10 +187,11 @@ def test_processes_that_load_map_the_indices_again(tmp_path):
     prefix = write_pair(tmp_path / "data", numbered_documents(3000, seed=1))
     built = build_train(tmp_path / "cache", prefix, 4000)
     mapped = build_train(tmp_path / "cache", prefix, 4000)
-    content = pickle.dumps(mapped)
-    assert len(content) < 10_000 < len(pickle.dumps(built))
-    for copy in (pickle.loads(content), pickle.loads(pickle.dumps(built))):
-        assert len(copy) == 4000 and copy.epochs == built.epochs
+    for dataset in (built, mapped):
+        content = pickle.dumps(dataset)
+        assert len(content) < 1000
+        copy = pickle.loads(content)
+        assert len(copy) == 4000
         assert all(np.array_equal(copy[i], built[i]) for i in range(0, 4000, 97))
     np.save(tmp_path / "fixed.npy", np.arange(9000, dtype=np.int32).reshape(9, 10, 100))
     fixed = FixedBatches(tmp_path / "fixed.npy")

@@ -11,14 +11,6 @@ from megatron_ttt.data.identity import check_unchanged, fingerprints
 from megatron_ttt.errors import UserError
 
 
-class Tokenizer:
-    """What build_datasets asks of a tokenizer."""
-
-    def __init__(self):
-        self.vocab_size, self.eos_id = 200_000, 2
-        self.unique_identifiers = {"class": "Tokenizer"}
-
-
 def flip(path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -86,7 +78,6 @@ def test_a_cache_of_another_configuration_is_not_reused(tmp_path):
             validation_samples=0,
             seq_length=length,
             seed=seed,
-            tokenizer=Tokenizer(),
             cache_dir=cache,
         )
         return np.stack([train[i] for i in range(samples)])

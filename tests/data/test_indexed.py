@@ -32,6 +32,11 @@ def damage(path, change):
     path.write_bytes(change(content))
 
 
+def put(content, kind, place, value):
+    struct.pack_into(kind, content, place, value)
+    return content
+
+
 @pytest.mark.parametrize(
     ("suffix", "change", "message"),
     [
@@ -46,6 +51,12 @@ def damage(path, change):
         (".idx", lambda c: c[:17] + b"\x06" + c[18:], "dtype code 6"),
         (".idx", lambda c: c[:-8] + struct.pack("<q", 3), "do not end with its sequences"),
         (".idx", lambda c: c[:18] + struct.pack("<QQ", 0, 1) + bytes(8), "holds no tokens"),
+        (".idx", lambda c: put(c, "<i", 34 + 4, -5), "corrupt .sequence 1 has -5 tokens"),
+        (".idx", lambda c: put(c, "<i", 34 + 4, 1 << 30), "corrupt .a gap before sequence 2"),
+        (".idx", lambda c: put(c, "<q", 34 + 20 + 16, 1 << 50), "corrupt .a gap before sequence 2"),
+        (".idx", lambda c: put(c, "<q", 34 + 20, 4), "corrupt .a gap before sequence 0"),
+        (".idx", lambda c: put(c, "<q", 34 + 60, 1), "do not begin with its sequences"),
+        (".idx", lambda c: put(c, "<q", 34 + 60 + 16, 4), "document 2 ends before it begins"),
         (".bin", lambda c: c[:-1], "data.bin has .* bytes where its .idx says"),
         (".bin", lambda c: c + c, "data.bin has .* bytes where its .idx says"),
     ],

@@ -80,7 +80,6 @@ def test_megatron_core_opens_the_files_and_they_decode_to_the_source(shards, tok
         validation_samples=0,
         seq_length=16,
         seed=3,
-        tokenizer=tokenizer,
         cache_dir=tmp_path / "cache",
     )
     read = np.concatenate([train[i][:-1] for i in range(len(train))])
