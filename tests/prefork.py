@@ -14,7 +14,9 @@ environment variables that are read at import, and who is whose parent under tor
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -34,6 +36,16 @@ SOCKET = "MEGATRON_TTT_TESTS_SERVER"
 """The environment variable that names the server's socket."""
 SECONDS_TO_END = 30
 """How long the other ranks of a failed job have, as under torchrun."""
+IMPORTED = (
+    "torch",
+    "transformers.generation.utils",
+    "megatron_ttt.evaluation",
+    "megatron_ttt.hf.exporter",
+    "megatron_ttt.hf.importer",
+    "megatron_ttt.hf.modeling_ttt",
+    "megatron_ttt.training.trainer",
+)
+"""What the server imports; where one is not installed, commands that need it say so."""
 _Popen = subprocess.Popen
 _held: list[subprocess.Popen] = []
 
@@ -282,16 +294,10 @@ def run(request: dict) -> None:
 def main() -> None:
     """Import, serve, and in each fork run."""
     listener = socket.socket(fileno=int(sys.argv[1]))
-    import torch
-    import transformers.generation.utils  # noqa: F401
-
-    import megatron_ttt.evaluation
-    import megatron_ttt.hf.exporter
-    import megatron_ttt.hf.importer
-    import megatron_ttt.hf.modeling_ttt
-    import megatron_ttt.training.trainer  # noqa: F401
-
-    torch.set_num_threads(1)
+    for module in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    sys.modules["torch"].set_num_threads(1)
     # A collection in a fork would touch, and so copy, every page of the server.
     gc.collect()
     gc.freeze()

@@ -360,9 +360,10 @@ def test_decoding_costs_the_same_at_position_10000(kind):
     seconds = {position: [] for position in caches}
     for _ in range(60):
         for position, cache in caches.items():
-            started = time.perf_counter()
+            # Of this process: other work on the machine does not count.
+            started = time.process_time()
             model(ids[:, :1], past_key_values=cache)
-            seconds[position].append(time.perf_counter() - started)
+            seconds[position].append(time.process_time() - started)
     medians = {position: statistics.median(times) for position, times in seconds.items()}
     assert medians[10_000] < 1.3 * medians[100], medians
     assert caches[10_000].position_B.tolist() == [10_060]
