@@ -25,7 +25,8 @@ quickstart: $(STAMP)
 test: TIER = --tier first
 test-more: TIER = --tier second
 test test-all test-more: $(STAMP)
-	$(BIN)/python -m pytest tests $(TIER) --numprocesses 2 --dist worksteal --durations 10
+	$(BIN)/python -m pytest tests $(TIER) --numprocesses 2 --dist worksteal --durations 10 \
+		--disable-warnings
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
