@@ -1,13 +1,16 @@
 """The configuration: one typed tree, read from YAML, merged with `key.path=value` overrides.
 
 Every field is documented by the string under it; the configuration reference is made from those.
-A recipe may name others in `extends:`; it then holds only what differs from them.
+A recipe may name others in `extends:`; it then holds only what differs from them. `${section.key}`
+in a recipe or an override stands for that key's value, and nothing else is filled in: what a run is
+told stays in its checkpoints, exports and logs, where a secret of the environment must not be.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ LAYERS = ("ttt_linear", "ttt_mlp", "attention")
 BACKBONES = ("mamba", "transformer")
 PRECISIONS = ("bf16", "fp32")
 SCAN_BACKENDS = ("auto", "naive", "torch", "cpp", "triton")
+_REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")
 
 
 @dataclass
@@ -261,29 +265,66 @@ def load_config(paths: list[str | Path], overrides: list[str] = ()) -> Config:
     return _merge([item for path in paths for item in _read(Path(path))], overrides)
 
 
-def config_from_tree(tree: dict[str, Any], overrides: list[str] = ()) -> Config:
-    """The configuration of a tree of dicts (a checkpoint's), under overrides, validated."""
-    return _merge([("checkpoint", OmegaConf.create(tree))], overrides)
+def config_from_tree(tree: dict[str, Any], source: str, overrides: list[str] = ()) -> Config:
+    """The configuration of a tree of plain data, under overrides, validated.
+
+    The tree is a checkpoint's, and may be a stranger's: a `${...}` in it stands for itself. source:
+    where it is from, for messages.
+    """
+    return _merge([(source, _literal(tree))], overrides)
 
 
-def _merge(trees: list[tuple[str, Any]], overrides: list[str]) -> Config:
+def _merge(trees: list[tuple[str, dict]], overrides: list[str]) -> Config:
     """Lay trees and then overrides over the defaults; each comes with where it is from."""
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is no override: write key.path=value")
         with _refusing(override):
-            trees.append((override, OmegaConf.from_dotlist([override])))
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            trees.append((override, _by_hand(tree, override)))
     merged = OmegaConf.structured(Config)
     for source, tree in trees:
         with _refusing(source):
-            for key in ("data.train", "data.validation"):
-                # One prefix needs no brackets, and "0.3 a 0.7 b" is how Megatron writes a blend.
-                if isinstance(prefixes := OmegaConf.select(tree, key), str):
-                    OmegaConf.update(tree, key, prefixes.split())
             merged = OmegaConf.merge(merged, tree)
     config: Config = _to_dataclass(merged)
     validate(config)
     return config
+
+
+def _by_hand(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """A tree as people write it. Raises UserError where it asks for more than another key."""
+    for text in _texts(tree):
+        if "${" in _REFERENCE.sub("", text):
+            raise UserError(
+                f"{source}: {text!r}: only ${{section.key}} is filled in, nothing of the "
+                "environment: write the value itself"
+            )
+    data = tree.get("data")
+    for key in ("train", "validation") if isinstance(data, dict) else ():
+        # One prefix needs no brackets, and "0.3 a 0.7 b" is how Megatron writes a blend.
+        prefixes = data.get(key)
+        if isinstance(prefixes, str) and not _REFERENCE.fullmatch(prefixes):
+            data[key] = prefixes.split()
+    return tree
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a tree."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _literal(value: Any) -> Any:
+    """A tree in which OmegaConf finds nothing to fill in: each `${`, and what backslashes are
+    before it, is escaped."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: _literal(part) for key, part in value.items()}
+    return [_literal(part) for part in value] if isinstance(value, list) else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -349,7 +390,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
         raise UserError(f"{path}: extends={extends} is neither a recipe's path nor a list of them")
     trees = [item for name in parents for item in _read(path.parent / name, (*seen, path))]
     with _refusing(str(path)):
-        return [*trees, (str(path), OmegaConf.create(tree))]
+        return [*trees, (str(path), _by_hand(tree, str(path)))]
 
 
 def _to_dataclass(merged) -> Config:

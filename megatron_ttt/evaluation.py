@@ -37,6 +37,7 @@ from megatron_ttt.hf.configuration import (
     read_official,
 )
 from megatron_ttt.hf.mapping import gather_official
+from megatron_ttt.hf.source import read_evaluation
 from megatron_ttt.model import build_chunks, core_config
 
 
@@ -263,13 +264,16 @@ def is_last_stage_writer() -> bool:
 
 
 def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
-    """The configuration a checkpoint was trained with, under overrides, at a batch of one.
+    """The configuration a checkpoint was trained with, under overrides.
 
-    Layout, data and device come from the overrides; what an imported checkpoint does not say, from
-    the defaults.
+    Layout, data and device come from the overrides; an imported checkpoint, which does not say how
+    it is evaluated, is evaluated as the directory that it was imported from.
     """
-    tree: dict[str, Any] = dict(open_checkpoint(checkpoint).config)
+    opened = open_checkpoint(checkpoint)
+    tree: dict[str, Any] = dict(opened.config)
     tree.pop("parallel", None)
+    if "training" not in tree:
+        tree["training"] = _untrained(opened.state.get("official", {}))
     config = config_with_defaults(tree, Path(checkpoint), overrides)
     if (chunks := config.parallel.virtual_pipeline_model_parallel_size) is not None:
         raise UserError(
@@ -282,15 +286,22 @@ def evaluation_config(checkpoint: str, overrides: list[str]) -> Config:
 def official_config(folder: Path, overrides: list[str]) -> Config:
     """The configuration of a Hugging Face directory, under overrides.
 
-    Sequences are as long as it says; its tokenizer.model, else tokenizer.json, is the tokenizer.
+    An export is evaluated as the checkpoint that it was made of; of another directory, sequences
+    are as long as its config.json says. Its tokenizer.model, else tokenizer.json, is the tokenizer.
     """
     official = read_official(folder / "config.json")
-    length = official.get("max_position_embeddings", 2048)
-    tree: dict[str, Any] = {
-        "model": dataclasses.asdict(model_from_official(official)),
-        "training": {"steps": 1, "precision": "fp32", "seq_length": length, "global_batch_size": 1},
-    }
+    tree = read_evaluation(folder)
+    tree["training"] = {**_untrained(official), **tree.get("training", {})}
+    tree["model"] = dataclasses.asdict(model_from_official(official))
     files = (folder / "tokenizer.model", folder / "tokenizer.json")
     if there := [str(path) for path in files if path.exists()]:
-        tree["data"] = {"tokenizer_model": there[0]}
+        tree["data"] = {**tree.get("data", {}), "tokenizer_model": there[0]}
     return config_with_defaults(tree, folder, overrides)
+
+
+def _untrained(official: dict[str, Any]) -> dict[str, Any]:
+    """The training section of a model that was not trained here, by its config.json."""
+    return {
+        "seq_length": official.get("max_position_embeddings", 2048),
+        "global_batch_size": 1,
+    }

@@ -39,6 +39,7 @@ def main() -> int:
         damages = inspection.verify(arguments.path)
         for path, damage in damages.items():
             print(f"{path}: {damage or 'good'}")
+        print("Checksums show that files are as they were written, not who wrote them.")
         if any(damages.values()):
             raise UserError("damaged checkpoints: delete them, a run skips them anyway")
     elif arguments.keep < 1:

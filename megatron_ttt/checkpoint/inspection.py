@@ -13,7 +13,6 @@ from megatron_ttt.checkpoint.store import (
     list_checkpoints,
     open_checkpoint,
     prune,
-    read_metadata,
 )
 from megatron_ttt.errors import UserError
 
@@ -37,6 +36,8 @@ def listing(run_dir: Path) -> str:
 def description(path: Path) -> str:
     """What a checkpoint is of, from state.json and the tensors' metadata."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_ttt.checkpoint.reader import read_metadata
 
     checkpoint = open_checkpoint(path)
     state, model = checkpoint.state, checkpoint.config["model"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import nn
 
+from megatron_ttt.checkpoint.reader import load_tree
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.model import EMBEDDING
@@ -46,9 +47,26 @@ def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
         tree["rng"] = _rng_object()
     apply_factories(tree)
     for entry in nested_values(tree):
-        if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu":
+        if not isinstance(entry, ShardedTensor):
+            continue
+        if entry.key.endswith(EMBEDDING):
+            _leave_out_padding(entry, chunks[0].real_vocab_size)
+        if entry.data.device.type == "cpu":
             entry.data = _with_own_storage(entry.data)
     return tree
+
+
+def _leave_out_padding(entry: ShardedTensor, rows: int) -> None:
+    """Cut the embedding, or a tensor of its optimizer state, to the vocabulary's rows."""
+    if entry.global_shape[0] == rows:
+        return
+    own = max(0, min(rows - entry.global_offset[0], entry.local_shape[0]))
+    entry.data = entry.data[:own]
+    entry.local_shape = tuple(entry.data.shape)
+    entry.global_shape = (rows, *entry.global_shape[1:])
+    entry.axis_fragmentations = None  # the ranks' parts are not of one size
+    if own == 0:
+        entry.replica_id = 1  # a copy of nothing, which is not written
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,7 +81,7 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:
     """Load the weights alone into unwrapped chunks; collective."""
-    _load_model(chunks, dist_checkpointing.load(_model_tree(chunks), str(checkpoint.path)))
+    _load_model(chunks, load_tree(checkpoint.path, _model_tree(chunks)))
 
 
 def load_checkpoint(
@@ -77,7 +95,7 @@ def load_checkpoint(
     same_layout = checkpoint.state["layout"] == layout(config)
     if same_layout:
         tree["rng"] = _rng_object()
-    tree = dist_checkpointing.load(tree, str(checkpoint.path))
+    tree = load_tree(checkpoint.path, tree)
     _load_model(chunks, tree)
     optimizer.load_state_dict(tree["optimizer"])
     if same_layout:
@@ -108,7 +126,8 @@ def _load_model(chunks: list[nn.Module], tree: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def zero_vocabulary_padding(chunk: nn.Module) -> None:
-    """Rows of the embedding past the vocabulary stand in no checkpoint; they are zero."""
+    """Zero the embedding's rows past the vocabulary: a checkpoint does not hold them, but for older
+    ones."""
     first = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in chunk.named_parameters():
         if name in (EMBEDDING, "output_layer.weight"):

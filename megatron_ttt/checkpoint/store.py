@@ -103,18 +103,6 @@ def open_whole_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def read_metadata(path: Path):
-    """torch's metadata of the tensors in a checkpoint. Raises UserError where it cannot be read."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    try:
-        return FileSystemReader(path).read_metadata()
-    except Exception as error:  # unpickling a damaged file raises anything
-        raise UserError(
-            f"{path} is no complete checkpoint (.metadata: {error}): use another"
-        ) from None
-
-
 def find_newest(run_dir: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint or milestone of a run folder that is still what was written.
 

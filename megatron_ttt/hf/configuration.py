@@ -108,18 +108,19 @@ def _ttt_fields(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"config.json: ttt_layer_type={config['ttt_layer_type']} is not linear or mlp"
         )
-    flags = {config[name] for name in ("use_gate", "share_qk", "pre_conv")}
-    if len(flags) > 1:
+    flags = {name: config[name] for name in ("use_gate", "share_qk", "pre_conv")}
+    if list(flags.values()) not in ([True] * 3, [False] * 3):
+        found = ", ".join(f"{name}={json.dumps(value)}" for name, value in flags.items())
         raise UserError(
-            "config.json: use_gate, share_qk and pre_conv must all be true (Mamba backbone) or all "
-            "false (Transformer backbone)"
+            f"config.json: {found} is not supported: either all three are true (the Mamba "
+            "backbone) or all three are false (the Transformer backbone)"
         )
     for name in ("hidden_act", "tie_word_embeddings"):
         if config[name] != _TTT[name]:
             raise UserError(f"config.json: only {name}={_TTT[name]} is supported")
     return {
         "layer": _LAYERS[config["ttt_layer_type"]],
-        "backbone": "mamba" if flags.pop() else "transformer",
+        "backbone": "mamba" if flags["use_gate"] else "transformer",
         "mini_batch_size": config["mini_batch_size"],
         "ttt_base_lr": config["ttt_base_lr"],
         "conv_kernel": config["conv_kernel"],
@@ -183,10 +184,14 @@ def official_from_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def config_with_defaults(tree: dict[str, Any], path: Path, overrides: list[str] = ()) -> Config:
-    """A whole configuration for a model at `path`; defaults for what an imported one lacks."""
+    """A whole configuration for a model at `path`; defaults for what one not trained here lacks."""
     defaults = {
         "optimizer": {"lr": 0.0},
         "training": {"steps": 1, "precision": "fp32"},
         "run": {"dir": str(path.parent)},
     }
-    return config_from_tree({**defaults, **tree}, overrides)
+    for section, values in defaults.items():
+        own = tree.get(section, {})
+        if isinstance(own, dict):
+            tree = {**tree, section: {**values, **own}}
+    return config_from_tree(tree, str(path), overrides)

@@ -67,7 +67,7 @@ def export_checkpoint(
         _write_configuration(checkpoint, config, tensors, tokenizer, dtype, temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
-        write_source(temporary, path)
+        write_source(temporary, checkpoint)
         verify_configuration(config.model, temporary)
         verify(config.model, tensors.read, OfficialTensors(temporary).read, _cast(dtype))
         os.rename(temporary, output)

@@ -1,18 +1,37 @@
-"""Which checkpoint a directory was exported from, as it says itself."""
+"""Which checkpoint a directory was exported from, and how it is evaluated, as it says itself."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_ttt.checkpoint.manifest import MANIFEST_FILE, describe
+from megatron_ttt.checkpoint.store import Checkpoint
 
 SOURCE_FILE = "exported_from.json"
 
+_EVALUATION = {
+    "run": ("seed",),
+    "training": ("seq_length", "micro_batch_size", "global_batch_size", "eval_batches"),
+    "data": ("mask_bos",),
+}
+"""What decides which sequences an evaluation reads, beside the data, and which targets count."""
 
-def write_source(directory: Path, checkpoint: Path) -> None:
+
+def write_source(directory: Path, checkpoint: Checkpoint) -> None:
     """Note the checkpoint in a directory made of it."""
-    (directory / SOURCE_FILE).write_text(json.dumps(_source(checkpoint), indent=1) + "\n")
+    noted = {**_source(checkpoint.path), "evaluation": _evaluation_of(checkpoint.config)}
+    (directory / SOURCE_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+
+
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """How the checkpoint a directory was made of is evaluated, as a configuration's tree; empty
+    where the directory does not say."""
+    try:
+        return _evaluation_of(json.loads((directory / SOURCE_FILE).read_text())["evaluation"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def is_export_of(directory: Path, checkpoint: Path) -> bool:
@@ -22,6 +41,15 @@ def is_export_of(directory: Path, checkpoint: Path) -> bool:
         return noted["manifest_sha256"] == _source(checkpoint)["manifest_sha256"]
     except (OSError, ValueError, TypeError, KeyError):
         return False
+
+
+def _evaluation_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's tree that an evaluation depends on."""
+    return {
+        section: {key: config[section][key] for key in keys if key in config[section]}
+        for section, keys in _EVALUATION.items()
+        if section in config
+    }
 
 
 def _source(checkpoint: Path) -> dict[str, str]:

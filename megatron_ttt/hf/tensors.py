@@ -15,13 +15,14 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ttt.checkpoint.store import Checkpoint, read_metadata
+from megatron_ttt.checkpoint.reader import CheckpointReader, load_plain, read_metadata
+from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.errors import UserError
+from megatron_ttt.model import EMBEDDING
 
 # Constants that some writers store among the weights.
 _CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
@@ -42,14 +43,17 @@ class CheckpointTensors:
 
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
-        self._reader = FileSystemReader(self.path)
         metadata = read_metadata(self.path)
+        self._reader = CheckpointReader(self.path, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
+        self._rows = checkpoint.config["model"]["vocab_size"]
+        tp = (checkpoint.state.get("layout") or {"tensor": 1})["tensor"]
+        self._padded_rows = -(-self._rows // tp) * tp
 
     def read(self, name: str) -> Tensor:
         """The global tensor of a parameter."""
@@ -65,14 +69,19 @@ class CheckpointTensors:
             raise UserError(f"{self.path}: {name} is not whole; use another checkpoint")
         try:
             self._reader.read_data(LoadPlan(items), _Into(tensor))
+        except UserError:
+            raise
         except Exception as error:  # a cut file fails in the unpickler or in the copy
             raise UserError(f"{self.path} is damaged: cannot read {name} ({error})") from None
         return tensor if layer is None else tensor[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A parameter's global shape."""
+        """A parameter's global shape, without the rows that pad the vocabulary in older
+        checkpoints."""
         key, layer = self._locate(name)
-        return tuple(self._stored[key].size[0 if layer is None else 1 :])
+        shape = tuple(self._stored[key].size[0 if layer is None else 1 :])
+        is_padded = name == EMBEDDING and shape[0] == self._padded_rows
+        return (self._rows, *shape[1:]) if is_padded else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a parameter is stored in."""
@@ -144,7 +153,7 @@ class OfficialTensors:
             if not files:
                 for file in sorted(folder.glob("pytorch_model*.bin")):
                     mapped = zipfile.is_zipfile(file)  # torch.save's older format is not
-                    self._bins |= torch.load(file, "cpu", weights_only=True, mmap=mapped)
+                    self._bins |= load_plain(file, mmap=mapped)
         except (*_DAMAGE, TypeError) as error:
             raise UserError(f"{file} is damaged: {_first_line(error)}") from None
         if not self._files and not self._bins:

@@ -7,8 +7,8 @@ import inspect
 import os
 import pickle
 import queue
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -88,3 +88,22 @@ def guard_common_state(guard: Callable[[], AbstractContextManager]) -> None:
 
     guarded = GuardedStrategy("torch", 1)
     register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, guarded)
+
+
+@contextmanager
+def reading_with(reader: Callable[[str], Any]) -> Iterator[None]:
+    """Let `dist_checkpointing.load` read a folder through `reader(folder)`, not by its own means,
+    which unpickle what is there. The newer versions look those up in two modules."""
+    name, package = "_get_filesystem_reader", "megatron.core.dist_checkpointing"
+    modules = [importlib.import_module(f"{package}.strategies.torch")]
+    serialization = importlib.import_module(f"{package}.serialization")
+    if hasattr(serialization, name):
+        modules.append(serialization)
+    own = getattr(modules[0], name)
+    for module in modules:
+        setattr(module, name, lambda folder, *_, **__: reader(folder))
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, name, own)

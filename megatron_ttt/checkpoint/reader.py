@@ -1,0 +1,180 @@
+"""Reading what a checkpoint holds, without running code that it names.
+
+torch writes `.metadata`, and every entry of a checkpoint, as a pickle, and a pickle can call any
+function. A checkpoint may be a stranger's, so only what one of this trainer consists of is made of
+it: tensors, numbers, texts, and torch's descriptions of tensors. All else is a UserError that names
+the file and the class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint import planner as torch_planner
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_ttt.errors import UserError
+from megatron_ttt.platform.compat import reading_with
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_RANDOM_STATES = [
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),  # before numpy 2
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+]
+"""What NumPy's random state is made of, beside the tensors and numbers that torch allows."""
+
+
+def read_metadata(path: Path) -> Metadata:
+    """torch's description of the tensors in a checkpoint. Raises UserError where it cannot be
+    read."""
+    try:
+        with open(path / METADATA_FILE, "rb") as file:
+            found = _MetadataUnpickler(file).load()
+        if isinstance(found, Metadata):
+            return found
+        error = f"it is a {type(found).__name__}"
+    except UserError:
+        raise
+    except Exception as caught:  # unpickling a damaged file raises anything
+        error = caught
+    raise UserError(f"{path} is no complete checkpoint (.metadata: {error}): use another")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes torch's own descriptions, and nothing else."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self._path = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
+            return torch.distributed.checkpoint.filesystem._StorageInfo
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
+            return _path
+        if module == "torch":
+            found = vars(torch).get(name)
+            if found is torch.Size or isinstance(found, torch.dtype):
+                return found
+        for described in (torch_metadata, torch_planner):
+            found = vars(described).get(name)
+            if isinstance(found, type) and module == described.__name__ == found.__module__:
+                return found
+        raise _refusal(self._path, f"{module}.{name}")
+
+
+def _path(*parts: str) -> str:
+    """Where a checkpoint was written is only told."""
+    return "/".join(parts)
+
+
+def load_plain(file: Path, **options: Any) -> Any:
+    """torch.load of tensors, numbers, texts, and lists and dicts of them, into host memory.
+
+    Raises UserError for a file that holds anything else, and what torch.load does for a damaged
+    one.
+    """
+    with _refusing(file):
+        return _load_plain(file, **options)
+
+
+def _load_plain(file: Path | io.BytesIO, **options: Any) -> Any:
+    with torch.serialization.safe_globals(_RANDOM_STATES):
+        return torch.load(file, "cpu", weights_only=True, **options)
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """torch's refusal to make something of a file, as a UserError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise UserError(f"{file} is damaged: it is no plain data; use another") from None
+        raise _refusal(file, named[1]) from None
+
+
+def _refusal(file: str | Path, named: str) -> UserError:
+    return UserError(
+        f"{file} asks for {named}, which could run code and which no checkpoint needs: it was not "
+        "loaded; use another"
+    )
+
+
+class CheckpointReader(FileSystemReader):
+    """torch's reader of a checkpoint, without its unpickling. metadata: of `read_metadata`."""
+
+    def __init__(self, path: str | Path, metadata: Metadata):
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        """What was read before."""
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = torch_metadata.StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner):
+        """As torch's, file by file, so that a refusal can name the file."""
+        files: dict[str, list] = {}
+        for item in plan.items:
+            name = self.storage_data[item.storage_index].relative_path
+            files.setdefault(name, []).append(item)
+        for name, items in files.items():
+            with _refusing(Path(self.path) / name):
+                super().read_data(LoadPlan(items), _PlainBytes(planner))
+        return super().read_data(LoadPlan([]), planner)  # a future that is done
+
+
+class _PlainBytes:
+    """A planner that is given no entry but of plain data: it would unpickle it."""
+
+    def __init__(self, planner):
+        self.resolve_tensor = planner.resolve_tensor
+        self.commit_tensor = planner.commit_tensor
+        self._planner = planner
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(_load_plain(value), plain)
+        plain.seek(0)
+        self._planner.load_bytes(read_item, plain)
+
+
+def load_tree(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has for a tree of megatron-core's sharded tensors and objects; collective.
+
+    Raises UserError where it names code.
+    """
+    metadata = read_metadata(path)
+    if (path / COMMON_FILE).exists():  # megatron-core's own refusal is a traceback
+        load_plain(path / COMMON_FILE)
+    try:
+        with reading_with(lambda folder: CheckpointReader(folder, metadata)):
+            return dist_checkpointing.load(tree, str(path))
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, UserError):
+                raise failure from None
+        raise
