@@ -65,8 +65,8 @@ def run_on_ray(
                 listener.task(shard, manifest)
         except ray.exceptions.RayError as error:
             raise UserError(
-                f"Ray gave up ({str(error).strip().splitlines()[0]}); what was done is kept: run the "
-                "same command again to go on"
+                f"Ray gave up ({str(error).strip().splitlines()[0]}); what was done is kept: run "
+                "the same command again to go on"
             ) from error
 
 
