@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from megatron_ttt.training.loggers import say
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
+
+EXPORT_POLL_SECONDS = 1.0
 
 SLOW_SAVE_SECONDS = 10.0
 """A save that holds training up for less is not worth a warning."""
@@ -165,18 +167,18 @@ class Saver:
             self.exports.add(path, self.run_dir / FINAL_MODEL)
 
     def _advance_exports(self) -> None:
-        try:
-            for line in self.exports.advance():
-                say(line)
-        except OSError as error:
-            say(f"Warning: an export failed: {error}")
+        for line in self.exports.advance():
+            say(line)
 
     def abandon_exports(self) -> None:
         """Whoever stops a run gives it little time; the next one exports what is missing."""
         self.exports.abandon()
+        self._advance_exports()
 
-    def wait_for_exports(self) -> None:
-        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
+    def wait_for_exports(self, stop_reason: Callable[[], str | None]) -> str | None:
+        """Until rank 0's are done, or abandoned as there is a reason to stop, which is returned;
+        the ranks keep in touch, as one that waits long gives up. Raises TrainingError, on all of
+        them, where one failed."""
         running = torch.ones((), dtype=torch.int32, device=self.device)
         while True:
             self._advance_exports()
@@ -184,7 +186,18 @@ class Saver:
             dist.broadcast(running, src=0)
             if not running.item():
                 break
-            time.sleep(1.0)
+            if (reason := stop_reason()) is not None:
+                self.abandon_exports()
+                return reason
+            time.sleep(EXPORT_POLL_SECONDS)
+        failures = [self.exports.failures]
+        dist.broadcast_object_list(failures)
+        for output, why in failures[0].items():
+            raise TrainingError(
+                f"{output} was not exported: {why}. The checkpoints are good: the same command, "
+                "given again, exports what is missing"
+            )
+        return None
 
 
 def _export_of(milestone: Path) -> Path:

@@ -13,7 +13,7 @@ import time
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher may repeat to each process the signal that its whole group got: not a second one."""
 
@@ -44,7 +44,14 @@ class StopRequests:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._launcher = psutil.Process(launcher)
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or self._heeds_hangup():
+                signal.signal(number, self._note)
+
+    @staticmethod
+    def _heeds_hangup() -> bool:
+        """Whether SIGHUP says that the terminal was closed. Under nohup nobody cares, and
+        examples/multi_node/torchrun.sh ends processes by it that are to leave at once."""
+        return LAUNCHER not in os.environ and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
     def _note(self, number: int, frame) -> None:
         now = time.monotonic()

@@ -222,15 +222,20 @@ class Trainer:
         """
         with self._open_log() or nullcontext() as log:
             reason = self._run_steps(log)
-        if reason is None:
-            self.saver.wait_for_exports()
-        else:
-            self.saver.abandon_exports()
         if self.saver.failure is not None:
+            self.saver.abandon_exports()
             raise TrainingError(
                 f"the last checkpoint, of step {self.step}, was not saved ({self.saver.failure}): "
                 "make room, and give the same command again"
             )
+        if reason is None:
+            self.at.doing = "exporting"
+            reason = self.saver.wait_for_exports(self._signalled)
+        else:
+            self.saver.abandon_exports()
+        if reason is not None and self.is_first_rank:
+            last = self.config.training.exit_step or self.config.training.steps
+            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
 
     def _run_steps(self, log: MetricsLog | None) -> str | None:
@@ -243,9 +248,8 @@ class Trainer:
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
-        if self.stop is not None and self.step < last:
-            # A signal during start-up: there is nothing new to save.
-            reason = self.stop.reason(self.platform.device)
+        if self.step < last:
+            reason = self._signalled()  # during start-up: there is nothing new to save
         while self.step < last and reason is None:
             self.at.step, self.at.doing = self.step + 1, "training"
             started = time.perf_counter()
@@ -273,9 +277,10 @@ class Trainer:
                 if not at_end and reason is None:
                     reason = self._stop_reason()  # a signal during the save: that was the last
         self.saver.wait()
-        if reason is not None and self.saver.failure is None and self.is_first_rank:
-            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
+
+    def _signalled(self) -> str | None:
+        return None if self.stop is None else self.stop.reason(self.platform.device)
 
     def _stop_reason(self) -> str | None:
         if self.stop is None:
