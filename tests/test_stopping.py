@@ -123,5 +123,4 @@ def test_sigterm_in_the_last_export_ends_it_at_once(tmp_path):
     launcher.wait(timeout=90)
     output = log.read_text()
     assert "NOT exported" in output and "Stopped at step 2 of 2: SIGTERM was received" in output
-    assert "exitcode  : 75" in output
     assert not list(run_dir.glob(".*"))
