@@ -33,7 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ttt.checkpoint.faults import HeldErrors, SaveError, SaveStrategy, in_words
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
-from megatron_ttt.checkpoint.state import checkpoint_tree
+from megatron_ttt.checkpoint.state import checkpoint_tree, written_by
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
 from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.platform.compat import (
@@ -102,7 +102,7 @@ class CheckpointWriter:
         self.wait()
         held, results = HeldErrors(), ResultsFile()
         checks = checks or Checks(look=lambda: None, agree=lambda seen: {})
-        state = {"has_optimizer": optimizer is not None, **state}
+        state = {"has_optimizer": optimizer is not None, **written_by(), **state}
         with self._giving_up():
             self._new_folder(path, held)
             tree = checkpoint_tree(chunks, optimizer)

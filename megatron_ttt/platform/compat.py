@@ -7,12 +7,35 @@ import inspect
 import os
 import pickle
 import queue
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import megatron.core
 from megatron.core import dist_checkpointing
 from torch import Tensor
+
+WITHOUT_COMMON_FILE = (0, 19)
+"""From here on a checkpoint has no common.pt, which versions before ask for first."""
+
+
+def mcore_version() -> str:
+    """Of megatron-core, as it is recorded in checkpoints."""
+    return megatron.core.__version__
+
+
+def reads_checkpoints_of(written: str) -> bool:
+    """Whether this megatron-core knows the format of the version that wrote a checkpoint: each one
+    knows the older."""
+    return _numbers(written) < WITHOUT_COMMON_FILE or _numbers(mcore_version()) >= (
+        WITHOUT_COMMON_FILE
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a version: the first two."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def mcore_save_options() -> dict[str, Any]:

@@ -18,7 +18,12 @@ from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
 from megatron_ttt.checkpoint.manifest import find_damage, replace_durably
-from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
+from megatron_ttt.checkpoint.state import (
+    check_versions,
+    layout,
+    load_checkpoint,
+    load_weights,
+)
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
     check_architecture,
@@ -130,6 +135,7 @@ class Trainer:
             if checkpoint is None or self._goes_back(checkpoint, named):
                 checkpoint = named
         if checkpoint is not None:
+            check_versions(checkpoint)
             check_architecture(checkpoint, to_dict(self.config)["model"], say)
             self._check_parameter_groups(checkpoint)
             self._check_data_position(checkpoint)
@@ -350,7 +356,6 @@ class Trainer:
         state = {
             "step": self.step,
             "layout": layout(self.config),
-            "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
             "data": self.data_fingerprints,  # rank 0's, which writes this
