@@ -29,6 +29,7 @@ from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.hf.source import is_export_of
 from megatron_ttt.training.loggers import say
+from megatron_ttt.training.stopping import StopRequests
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
@@ -42,8 +43,10 @@ SLOW_SAVE_SECONDS = 10.0
 class Saver:
     """Checkpoints of a run into its folder. All its methods are collective."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, stop: StopRequests | None = None):
+        """stop: asked before a save and when it is published whether the folder is still this
+        run's; None: it is."""
+        self.config, self.device, self.stop = config, device, stop
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
@@ -81,10 +84,23 @@ class Saver:
         """Write checkpoint-STEP/ of unwrapped chunks with current weights, and when it has its name
         what goes with it. state, checks: see the writer. since: when training stopped for it, by
         time.perf_counter."""
+        self._check_alone()
         self._wait_for_removals()  # there may be no room but theirs
         path = self.run_dir / checkpoint_name(state["step"])
         published = partial(self._published, path, state["step"], milestone)
-        self.writer.save(path, chunks, optimizer, state, checks=checks, published=published)
+
+        def agree(seen: Any) -> dict[str, Any]:
+            self._check_alone()
+            return checks.agree(seen)
+
+        self.writer.save(
+            path,
+            chunks,
+            optimizer,
+            state,
+            checks=checks._replace(agree=agree),
+            published=published,
+        )
         stall, trained = time.perf_counter() - since, since - self.saved_at
         self.saved_at = time.perf_counter()
         if self.is_first_rank and self.config.checkpoint.asynchronous:
@@ -94,6 +110,10 @@ class Saver:
                 f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
                 f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
             )
+
+    def _check_alone(self) -> None:
+        if self.stop is not None:
+            self.stop.check_alone()
 
     def _published(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
         """What rank 0 does when a checkpoint has its name."""

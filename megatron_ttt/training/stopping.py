@@ -13,6 +13,8 @@ import time
 
 import psutil
 
+from megatron_ttt.errors import of_rank_0
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher may repeat to each process the signal that its whole group got: not a second one."""
@@ -24,13 +26,17 @@ LAUNCHER_WAS_KILLED = "the launcher was killed"
 STOP = "MEGATRON_TTT_STOP"
 """Environment variable: set where the launcher was told to stop before this process began."""
 
-_TIME_IS_UP, _LAUNCHER_IS_GONE = 1000, 1001
+_TIME_IS_UP, _LAUNCHER_IS_GONE, _FOLDER_IS_LOST = 1000, 1001, 1002
 
 
 class StopRequests:
-    """Notes signals from its construction on; a second one leaves the process at once."""
+    """Notes signals from its construction on; a second one leaves the process at once.
+
+    lock: on rank 0, the run folder's `run_lock.RunLock`, once the run holds it.
+    """
 
     def __init__(self) -> None:
+        self.lock = None
         self.started = time.monotonic()
         self._signal, self._received = 0, 0.0
         if STOP in os.environ:
@@ -68,13 +74,17 @@ class StopRequests:
             return False
 
     def heard_here(self) -> int:
-        """What this process alone knows of, as a code: a signal, or that its launcher is gone."""
+        """What this process alone knows of, as a code: a signal, or that its launcher is gone, or
+        its run folder another run's."""
+        if self.lock is not None and self.lock.lost:
+            return _FOLDER_IS_LOST
         if self._has_launcher and not self._launcher_runs():
             return _LAUNCHER_IS_GONE
         return self._signal
 
     def reason(self, device, exit_after_minutes: float | None = None) -> str | None:
-        """Why all ranks should stop now, in words; None to go on. Collective."""
+        """Why all ranks should stop now, in words; None to go on. Collective. Raises TrainingError
+        where another run has taken the run folder over."""
         import torch
         import torch.distributed as dist
 
@@ -86,8 +96,15 @@ class StopRequests:
         code = int(everyones.item())
         if code == 0:
             return None
+        if code == _FOLDER_IS_LOST:
+            self.check_alone()
         if code == _LAUNCHER_IS_GONE:
             return LAUNCHER_WAS_KILLED
         if code == _TIME_IS_UP:
             return f"training.exit_after_minutes={exit_after_minutes:g} are over"
         return f"{signal.Signals(code).name} was received"
+
+    def check_alone(self) -> None:
+        """Raise TrainingError, on all ranks, where another run has taken the run folder over.
+        Collective; call it before anything in the folder is changed."""
+        of_rank_0(lambda: self.lock and self.lock.check())

@@ -103,7 +103,7 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
-        self.saver = Saver(config, platform.device)
+        self.saver = Saver(config, platform.device, stop)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
         self.watch = RunWatch(
