@@ -86,6 +86,8 @@ class BackgroundExports:
                     return f"NOT exported: {export.output}: the next run does it"
                 why = _why(export.process.returncode, log)
                 return self._failed(export.output, f"{why} (all of it: {export.log})")
+            if export.output.is_symlink():
+                export.output.unlink()
             shutil.rmtree(export.output, ignore_errors=True)
             os.rename(export.unpublished, export.output)
             export.log.unlink()
