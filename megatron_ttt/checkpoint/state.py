@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ttt.checkpoint.faults import HeldErrors
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
@@ -64,8 +65,31 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
-    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights."""
+def checkpoint_tree(chunks: list[nn.Module], optimizer, held: HeldErrors) -> dict[str, Any]:
+    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights.
+
+    Collective: the optimizer's state is gathered. Raises SaveError, on all ranks, where one of them
+    has not the memory.
+    """
+    inner = [] if optimizer is None else optimizer.chained_optimizers
+    try:
+        with held.hold():
+            for one in inner:
+                one.reserve()
+        held.together()
+        for one in inner:
+            one.gather()
+        tree = {}
+        with held.hold():
+            tree = _tree(chunks, optimizer)
+        held.together()
+        return tree
+    finally:
+        for one in inner:
+            one.release()
+
+
+def _tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
     tree = _model_tree(chunks)
     if optimizer is not None:
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())

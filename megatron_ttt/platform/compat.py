@@ -8,8 +8,6 @@ import os
 import pickle
 import queue
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import megatron.core
@@ -88,26 +86,3 @@ class ResultsFile:
         finally:
             self._file.seek(0)
             self._file.truncate()
-
-
-def guard_common_state(guard: Callable[[], AbstractContextManager]) -> None:
-    """Let later saves write rank 0's common.pt within guard().
-
-    Newer versions have no such file; what was in it is written with the rest.
-    """
-    try:
-        from megatron.core.dist_checkpointing.strategies.base import (
-            StrategyAction,
-            register_default_strategy,
-        )
-        from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-    except ImportError:
-        return
-
-    class GuardedStrategy(TorchCommonSaveStrategy):
-        def save_common(self, common_state_dict, checkpoint_dir):
-            with guard():
-                super().save_common(common_state_dict, checkpoint_dir)
-
-    guarded = GuardedStrategy("torch", 1)
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, guarded)

@@ -146,8 +146,13 @@ class Saver:
             except OSError as error:
                 say(f"Warning: {path} could not be removed: {error}")
 
-        self.removals.append(threading.Thread(target=remove))
-        self.removals[-1].start()
+        thread = threading.Thread(target=remove)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            remove()
+        else:
+            self.removals.append(thread)
 
     def _wait_for_removals(self) -> None:
         while self.removals:
