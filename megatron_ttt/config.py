@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -277,11 +277,13 @@ def config_from_tree(tree: dict[str, Any], source: str, overrides: list[str] = (
 def _merge(trees: list[tuple[str, dict]], overrides: list[str]) -> Config:
     """Lay trees and then overrides over the defaults; each comes with where it is from."""
     for override in overrides:
-        if "=" not in override:
+        key, equals, text = override.partition("=")
+        if not equals:
             raise UserError(f"{override!r} is no override: write key.path=value")
         with _refusing(override):
-            tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-            trees.append((override, _by_hand(tree, override)))
+            tree = OmegaConf.create()
+            OmegaConf.update(tree, key, _value(key, text))
+            trees.append((override, _by_hand(OmegaConf.to_container(tree), override)))
     merged = OmegaConf.structured(Config)
     for source, tree in trees:
         with _refusing(source):
@@ -325,6 +327,25 @@ def _literal(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _literal(part) for key, part in value.items()}
     return [_literal(part) for part in value] if isinstance(value, list) else value
+
+
+def _value(key: str, text: str) -> Any:
+    """What an override sets a key to. Where the key takes strings that is the text as it is
+    written, or null, or a YAML list of them; else a YAML value."""
+    kind = _type_of(key)
+    if kind in (str, str | None, list[str]) and not (kind == list[str] and text.startswith("[")):
+        return None if text in ("", "null", "~") else text
+    node = yaml.compose(text, _Loader)
+    if node is not None and node.end_mark.index < len(text.rstrip()):
+        return text  # a comment follows: YAML would leave it out
+    return yaml.load(text, yaml.BaseLoader if kind == list[str] else _Loader)
+
+
+def _type_of(key: str) -> Any:
+    """The declared type of a key; None where there is no such key."""
+    section, _, name = key.partition(".")
+    declared = get_type_hints(Config).get(section)
+    return get_type_hints(declared).get(name) if declared else None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

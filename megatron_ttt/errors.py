@@ -1,5 +1,6 @@
 """How a user's mistake leaves the program: one line on stderr, exit code 2."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -52,7 +53,8 @@ def run_command(main: Callable[[], int | None]) -> int:
                 signal.signal(number, lambda *_: os._exit(code))
             time.sleep(RANK_0_FIRST_SECONDS)
         where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return code
 
 

@@ -61,3 +61,21 @@ def test_the_manifest_agrees_with_itself_and_with_the_script():
     # The recipe's own folders are where the volumes are mounted.
     mounts = {mount["mountPath"] for mount in pod["volumeMounts"]}
     assert {f"{pod['workingDir']}/{folder}" for folder in ("data", "runs")} <= mounts
+
+
+def test_the_manifest_asks_for_no_more_than_training_needs():
+    pod = kubernetes_manifest()["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    (one,) = pod["containers"]
+    assert one["securityContext"]["allowPrivilegeEscalation"] is False
+    assert one["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert {"cpu", "memory", "nvidia.com/gpu"} <= set(one["resources"]["limits"])
+    for volume in pod["volumes"]:
+        assert "sizeLimit" in volume.get("emptyDir", {"sizeLimit": None})
+
+
+def test_the_image_is_this_version():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert kubernetes_container()["image"] == f"megatron-ttt:{version}"

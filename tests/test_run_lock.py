@@ -5,18 +5,21 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from harness import run
 from small_run import COMMAND, STEPS, begin, losses, small_recipe, wait_for
 
-from megatron_ttt.errors import EXIT_STOPPED, UserError
+from megatron_ttt.errors import EXIT_STOPPED, TrainingError, UserError
 from megatron_ttt.training import run_lock
+from megatron_ttt.training.stopping import StopRequests
 
 
 def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):
@@ -46,6 +49,7 @@ class Stop:
 def alone(monkeypatch):
     monkeypatch.setattr(run_lock, "of_rank_0", lambda find: find())
     monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.01)
 
 
 @contextlib.contextmanager
@@ -99,6 +103,82 @@ def test_a_lock_of_this_machine_or_of_nobody_is_heeded(tmp_path, text):
 def test_the_lock_of_a_lost_machine_is_gone_over(tmp_path, capsys):
     with held(tmp_path, '["that-was", "process 17"]'), run_lock.alone_in(tmp_path, 0.05, Stop()):
         assert "is locked from that-was still" in capsys.readouterr().out
+
+
+def test_a_run_that_lives_on_another_machine_is_not_overrun(tmp_path):
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.01):
+            os.utime(tmp_path / run_lock.LOCK_FILE)
+
+    with held(tmp_path, text := '["another", "process 17"]'):
+        alive = threading.Thread(target=beat)
+        alive.start()
+        try:
+            with (
+                pytest.raises(UserError, match="process 17 on another is training in run"),
+                run_lock.alone_in(tmp_path, 0.3, Stop()),
+            ):
+                pass
+        finally:
+            ended.set()
+            alive.join()
+    assert (tmp_path / run_lock.LOCK_FILE).read_text() == text
+
+
+def test_a_run_gives_signs_of_life(tmp_path):
+    with run_lock.alone_in(tmp_path, 1, Stop()):
+        touched = os.stat(tmp_path / run_lock.LOCK_FILE).st_mtime_ns
+        wait_until(lambda: os.stat(tmp_path / run_lock.LOCK_FILE).st_mtime_ns > touched)
+
+
+def wait_until(holds) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_run_that_was_taken_over_stops(tmp_path, cpu_platform):
+    stop = StopRequests.__new__(StopRequests)
+    stop.started, stop.lock, stop._signal, stop._has_launcher = 0.0, None, 0, False
+    with run_lock.alone_in(tmp_path, 1, stop):
+        stop.check_alone()
+        assert stop.reason(cpu_platform.device) is None
+        (tmp_path / "new").write_text('["another", "process 17"]')
+        os.replace(tmp_path / "new", tmp_path / run_lock.LOCK_FILE)
+        with pytest.raises(TrainingError, match=r"another run has taken over run\.dir="):
+            stop.check_alone()
+        wait_until(lambda: stop.lock.lost)
+        with pytest.raises(TrainingError, match="leaves the folder to that"):
+            stop.reason(cpu_platform.device)
+    assert "process 17" in (tmp_path / run_lock.LOCK_FILE).read_text()
+
+
+def test_a_run_that_was_taken_over_saves_nothing(build_trainer, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer = build_trainer(*small_recipe(tmp_path), f"run.dir={run_dir}")
+    trainer.save()
+    before = sorted(run_dir.rglob("*"))
+    trainer.saver.stop = StopRequests.__new__(StopRequests)
+    trainer.saver.stop.lock = lock = run_lock.RunLock(run_dir)
+    lock.lost = True
+    with pytest.raises(TrainingError, match="taken over"):
+        trainer.save()
+    lock.close()
+    assert sorted(run_dir.rglob("*")) == [*before, run_dir / run_lock.LOCK_FILE]
+
+
+def test_a_lock_that_is_removed_is_made_anew(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    with run_lock.alone_in(run_dir, 1, stop := Stop()):
+        shutil.rmtree(run_dir)
+        wait_until((run_dir / run_lock.LOCK_FILE).exists)
+        stop.lock.check()
+        _, process = json.loads((run_dir / run_lock.LOCK_FILE).read_text())
+        assert process == f"process {os.getpid()}"
+    assert "lock was removed under the run; it is made anew" in capsys.readouterr().out
 
 
 def test_a_signal_ends_the_wait(tmp_path):

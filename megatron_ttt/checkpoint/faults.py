@@ -1,20 +1,37 @@
-"""Errors of a disk while a checkpoint is written, which one rank may have and all must hear of."""
+"""Errors of one rank while a checkpoint is written: of its disk, its memory, its machine.
+
+All ranks must hear of them, and none must wait for one that has given up. So a save is made of
+parts that are a rank's own, within `HeldErrors.hold`, and before each communication between them
+stands `HeldErrors.together`: that is the next thing a rank that has failed takes part in, too, and
+there all of them raise.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import traceback
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import CheckpointException
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+
+OF_THE_MACHINE = (OSError, RuntimeError, MemoryError)
+"""What a machine's want of something becomes; torch's own are RuntimeErrors."""
 
 
 class SaveError(Exception):
@@ -29,11 +46,11 @@ class HeldErrors:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Note an error of the disk instead of raising it (torch's own are RuntimeErrors)."""
+        """Note an error of the machine instead of raising it."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
-            self.first = self.first or _one_line(error)
+        except OF_THE_MACHINE as error:
+            self.first = self.first or one_line(error)
 
     def together(self, own: Any = None) -> list[Any]:
         """Each rank's `own`, in order of ranks. Raises SaveError if any rank holds an error."""
@@ -46,34 +63,60 @@ class HeldErrors:
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's way to write, but with `_write_files`, and an error in rank 0's last file,
-    .metadata, is held: the other ranks wait for word from it then. `files`: names of what this rank
-    writes."""
+    """megatron-core's way to write, but the ranks agree before each of its communications, and it
+    writes with `_write_files`. `files`: names of what this rank writes."""
 
     def __init__(self, held: HeldErrors):
         super().__init__("torch_dist", 1)
         self.files: list[str] = []
         self._held = held
 
-    def _get_save_and_finalize_callbacks(self, writer, *more):
+    def async_save(self, sharded_state_dict, checkpoint_dir, *_) -> AsyncRequest:
+        """What is to be written, and then communicated, as super() has it without its caches."""
+        tensors, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        writer = _Writer(checkpoint_dir, thread_count=self.thread_count)
+        writer.held = self._held
+        planned, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(tensors, False),
+            writer,
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
         self.files = [name for _, name, _ in writer.write_buckets]
-        # No reference to the writer, which holds all that is written: as part of a cycle it would
-        # stay until Python next looks for cycles.
-        finish = partial(type(writer).finish, weakref.proxy(writer))
+        write, preload, arguments = writer.get_save_function_and_args()
+        if write is not None:
+            write = partial(_write_files, *write.args)
+        finish = partial(save_state_dict_async_finalize, *planned)
+        return AsyncRequest(write, arguments, [finish], preload_fn=preload)
 
-        def held_finish(metadata, results):
-            with self._held.hold():
-                finish(metadata, results)
 
-        writer.finish = held_finish
-        request = super()._get_save_and_finalize_callbacks(writer, *more)
-        if request.async_fn is None:
-            return request
-        return request._replace(async_fn=partial(_write_files, *request.async_fn.args))
+class _Writer(FileSystemWriterAsync):
+    """megatron-core's writer, whose three steps before and after a communication are this rank's
+    own."""
+
+    held: HeldErrors
+
+    def prepare_local_plan(self, plan):
+        """The last step before the plans are gathered."""
+        plan = super().prepare_local_plan(plan)
+        self.held.together()
+        return plan
+
+    def retrieve_write_results(self):
+        """The last step before what was written is gathered."""
+        results = None
+        with self.held.hold():
+            results = super().retrieve_write_results()
+        self.held.together()
+        return results
+
+    def finish(self, metadata, results) -> None:
+        """Rank 0's last file, .metadata, while the others wait for word from it."""
+        with self.held.hold():
+            super().finish(metadata, results)
 
 
 def _write_files(transforms, use_msc: bool, rank: int, buckets: list, results) -> None:
-    """Write each of this rank's files in a thread; put what was written, or why not, in `results`.
+    """Write each of this rank's files in a thread; put what was written in `results`.
 
     megatron-core's own function takes processes or threads by its version. The newer one loses an
     error's words, and leaves the error in a cycle with the frames it passed, which hold a BytesIO's
@@ -93,7 +136,9 @@ def _write_files(transforms, use_msc: bool, rank: int, buckets: list, results) -
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
     for error in errors:
         traceback.clear_frames(error.__traceback__)
-    results.put(_of_the_disk(errors[0]) if errors else outcomes)
+    if errors:
+        raise _of_the_disk(errors[0])
+    results.put(outcomes)
 
 
 def _of_the_disk(error: BaseException) -> BaseException:
@@ -104,15 +149,6 @@ def _of_the_disk(error: BaseException) -> BaseException:
     return behind or error
 
 
-def in_words(error: SaveError | CheckpointException) -> str:
-    """Why a save failed, in one line. Of a CheckpointException only rank 0 knows it."""
-    if isinstance(error, SaveError):
-        return str(error)
-    for rank, (failure, _) in sorted(error.failures.items()):
-        return f"rank {rank}: {_one_line(failure)}"
-    return "on another rank"
-
-
-def _one_line(error: BaseException) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return first.removeprefix("Worker failure: ")
+def one_line(error: BaseException) -> str:
+    """The first line of an error, or what it is called."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -59,6 +59,7 @@ def description(path: Path) -> str:
         "validation": _validation_loss(state),
         "skipped steps": state.get("skipped_steps", 0),
         "size": _gigabytes(path),
+        "megatron-core": state.get("megatron_core", "not recorded"),
         "torch": state.get("torch", "not recorded"),
     }
     return "\n".join(f"{key:>13}: {value}" for key, value in lines.items())

@@ -8,11 +8,13 @@ those of the device only where it is of the same kind.
 from __future__ import annotations
 
 import random
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -20,11 +22,36 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ttt.checkpoint.faults import HeldErrors
 from megatron_ttt.checkpoint.reader import load_tree
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
+from megatron_ttt.errors import UserError
 from megatron_ttt.model import EMBEDDING
+from megatron_ttt.platform.compat import mcore_version, reads_checkpoints_of
+
+_UNKNOWN_FORMAT = (
+    *(CheckpointingException, UnpicklingError, EOFError),
+    *(AttributeError, ImportError, LookupError, TypeError, ValueError),
+)
+"""What megatron-core, torch and pickle raise where a file is not of the form they know."""
+
+
+def written_by() -> dict[str, str]:
+    """What state.json says of the versions at work."""
+    return {"megatron_core": mcore_version(), "torch": torch.__version__}
+
+
+def check_versions(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a checkpoint of a megatron-core whose format this one does not know."""
+    written = checkpoint.state.get("megatron_core")
+    if written is not None and not reads_checkpoints_of(written):
+        raise UserError(
+            f"{checkpoint.path} was written by megatron-core {written}, which {mcore_version()} "
+            "cannot read: install that version or a later one"
+        )
 
 
 def layout(config: Config) -> dict[str, Any]:
@@ -39,8 +66,31 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
-    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights."""
+def checkpoint_tree(chunks: list[nn.Module], optimizer, held: HeldErrors) -> dict[str, Any]:
+    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights.
+
+    Collective: the optimizer's state is gathered. Raises SaveError, on all ranks, where one of them
+    has not the memory.
+    """
+    inner = [] if optimizer is None else optimizer.chained_optimizers
+    try:
+        with held.hold():
+            for one in inner:
+                one.reserve()
+        held.together()
+        for one in inner:
+            one.gather()
+        tree = {}
+        with held.hold():
+            tree = _tree(chunks, optimizer)
+        held.together()
+        return tree
+    finally:
+        for one in inner:
+            one.release()
+
+
+def _tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
     tree = _model_tree(chunks)
     if optimizer is not None:
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
@@ -81,7 +131,7 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:
     """Load the weights alone into unwrapped chunks; collective."""
-    _load_model(chunks, load_tree(checkpoint.path, _model_tree(chunks)))
+    _load_model(chunks, _load(_model_tree(chunks), checkpoint))
 
 
 def load_checkpoint(
@@ -95,11 +145,34 @@ def load_checkpoint(
     same_layout = checkpoint.state["layout"] == layout(config)
     if same_layout:
         tree["rng"] = _rng_object()
-    tree = load_tree(checkpoint.path, tree)
+    tree = _load(tree, checkpoint)
     _load_model(chunks, tree)
     optimizer.load_state_dict(tree["optimizer"])
     if same_layout:
         _set_rng(tree["rng"])
+
+
+def _load(tree: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """A tree as it is in the checkpoint. Raises UserError where its format is not known here."""
+    check_versions(checkpoint)
+    try:
+        return load_tree(checkpoint.path, tree)
+    except _UNKNOWN_FORMAT as error:
+        reason = error
+    except CheckpointException as error:
+        reason, _ = error.failures[min(error.failures)]
+        if isinstance(reason, OSError):
+            raise reason from None  # of the disk, which may be better the next time
+    versions = ", ".join(
+        f"{name.replace('_', '-')} {checkpoint.state.get(name, 'of a version not recorded')} there "
+        f"and {here} here"
+        for name, here in written_by().items()
+    )
+    what = str(reason).strip().splitlines() or [type(reason).__name__]
+    raise UserError(
+        f"{checkpoint.path} cannot be read ({what[0]}); {versions}: install the versions that "
+        "wrote it, or later ones"
+    )
 
 
 def _metadata() -> dict[str, Any]:

@@ -177,7 +177,7 @@ def publish(temporary: Path, path: Path, described: dict[str, dict[str, int | st
     back; it goes.
     """
     write_manifest(temporary, described)
-    if path.exists():
+    if os.path.lexists(path):
         _remove(path)
     os.rename(temporary, path)
     fsync_directory(path.parent)
@@ -198,7 +198,7 @@ def link_milestone(checkpoint: Path, step: int) -> None:
         for name in (*folder_files(checkpoint), MANIFEST_FILE):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(checkpoint / name, temporary / name)
-        if milestone.exists():
+        if os.path.lexists(milestone):
             _remove(milestone)  # of an earlier attempt, as in `publish`
         os.rename(temporary, milestone)
     finally:
@@ -256,6 +256,8 @@ def remove_leftovers(run_dir: Path) -> None:
     """Remove what a run that was killed in a save left under temporary names."""
     for pattern in (".incomplete-*", ".removed-*"):
         for path in run_dir.glob(pattern):
+            if path.is_symlink():
+                path.unlink()
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -270,7 +272,11 @@ def _best(checkpoints: list[Path]) -> Path | None:
 
 
 def _remove(path: Path, remove_tree: Callable[[Path], None] = shutil.rmtree) -> None:
-    """Remove a checkpoint, under another name: cut short, no half of it is left behind."""
+    """Remove a checkpoint, under another name: cut short, no half of it is left behind. Of one that
+    somebody has moved and put a link to in its place, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+        return
     doomed = path.parent / f".removed-{path.name}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)

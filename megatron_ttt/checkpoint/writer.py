@@ -4,9 +4,10 @@ The training processes hold a snapshot only as long as it takes to fork (on CUDA
 host): the forked writers check it, write it and sum it up, while training goes on. When all have
 done, the checkpoint gets its manifest and its name: a moment of all ranks between two steps.
 
-A disk may fail on one rank alone, at any file. That rank keeps its error (`faults.HeldErrors`)
-until all ranks can hear of it, so that none is left waiting for it: then all give the checkpoint up
-together, the temporary folder goes, and what was published before is as it was.
+A machine may fail one rank alone, at any moment: its disk, its memory, its processes. That rank
+keeps its error (`faults.HeldErrors`) until all ranks can hear of it, so that none is left waiting
+for it: then all give the checkpoint up together, the temporary folder goes, and what was published
+before is as it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import queue
 import secrets
 import shutil
@@ -27,21 +29,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ttt.checkpoint.faults import HeldErrors, SaveError, SaveStrategy, in_words
+from megatron_ttt.checkpoint.faults import (
+    OF_THE_MACHINE,
+    HeldErrors,
+    SaveError,
+    SaveStrategy,
+    one_line,
+)
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
-from megatron_ttt.checkpoint.state import checkpoint_tree
+from megatron_ttt.checkpoint.state import checkpoint_tree, written_by
 from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
 from megatron_ttt.errors import TrainingError, UserError
-from megatron_ttt.platform.compat import (
-    ResultsFile,
-    guard_common_state,
-    mcore_save_options,
-    use_results_file,
-)
+from megatron_ttt.platform.compat import ResultsFile, mcore_save_options, use_results_file
 
 
 class Checks(NamedTuple):
@@ -75,7 +77,8 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self.failure: str | None = None
         self._failed = failed or _refuse
-        self._calls = AsyncCallsQueue(persistent=False)
+        self._process: multiprocessing.Process | None = None  # the forked writer, and
+        self._finish: Callable[[], None] | None = None  # what is left to do when all have ended
         use_results_file()
         self._path = self._temporary = Path()
         self._is_first = True
@@ -100,76 +103,99 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        held, results = HeldErrors(), ResultsFile()
+        held = HeldErrors()
         checks = checks or Checks(look=lambda: None, agree=lambda seen: {})
-        state = {"has_optimizer": optimizer is not None, **state}
+        state = {"has_optimizer": optimizer is not None, **written_by(), **state}
+        self._device = next(chunks[0].parameters()).device
         with self._giving_up():
             self._new_folder(path, held)
-            tree = checkpoint_tree(chunks, optimizer)
-            guard_common_state(held.hold)
-            strategy = SaveStrategy(held)
-            # It asks tensors thousands of times for their shapes, and never for a CUDA device: what
-            # the CPU platform has to say to each call would be a third of the stall.
-            with torch._C.DisableTorchFunction():
-                request = dist_checkpointing.save(
-                    tree,
-                    str(self._temporary),
-                    sharded_strategy=strategy,
-                    validate_access_integrity=self._is_first,
-                    async_sharded_save=True,
-                    **mcore_save_options(),
-                )
+            # What fails before a moment of all ranks within is held, and told at the one below.
+            with held.hold():
+                tree = checkpoint_tree(chunks, optimizer, held)
+                if self._is_first:
+                    save_preprocess(tree, validate_access_integrity=True)
+                results = ResultsFile()
+                write, finalize = self._plan(tree, held, results, checks.look)
+                if self.asynchronous:
+                    self._process = _fork(write, results)
+                else:
+                    write()
+            held.together()
             self._is_first = False
-            look = checks.look
-            if next(chunks[0].parameters()).is_cuda:
-                seen = checks.look()
-                look = lambda: seen  # noqa: E731
-            write = partial(
-                _write_and_describe,
-                request.async_fn,
-                [self._temporary / name for name in strategy.files],
-                look,
-                results,
-            )
 
-            def finish():
-                self._publish(state, held, results, checks)
+            def finish() -> None:
+                self._publish(state, held, results, checks, finalize)
                 if dist.get_rank() == 0:
                     published(time.perf_counter() - started)
 
-            # megatron-core's own last file, metadata.json, is written there too.
-            request.finalize_fns[1:] = [finish]
             if self.asynchronous:
-                request = request._replace(async_fn=partial(_in_fork, write))
-                self._calls.schedule_async_request(request)
+                self._finish = finish
             else:
-                request._replace(async_fn=write).execute_sync()
+                finish()
         return time.perf_counter() - started
 
     def poll(self) -> None:
         """Publish what has been written; call it between steps."""
-        if self._calls.get_num_unfinalized_calls():
-            self._finalize(blocking=False)
+        if self._process is not None:
+            running = torch.tensor(int(self._process.is_alive()), device=self._device)
+            dist.all_reduce(running, dist.ReduceOp.MAX)
+            if not running.item():
+                self.wait()
 
     def wait(self) -> None:
         """Wait until everything is written and published."""
-        self._finalize(blocking=True)
-
-    def _finalize(self, *, blocking: bool) -> None:
+        if self._process is None:
+            return
+        self._end_process()
+        finish, self._finish = self._finish, None
         with self._giving_up():
-            self._calls.maybe_finalize_async_calls(blocking=blocking)
+            finish()
+
+    def _end_process(self) -> None:
+        self._process.join()
+        self._process.close()
+        self._process = None
+
+    def _plan(
+        self, tree: dict[str, Any], held: HeldErrors, results: ResultsFile, look: Callable[[], Any]
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """How this rank's files are written, which is not collective, and what megatron-core does
+        when all ranks have, which is."""
+        strategy = SaveStrategy(held)
+        # It asks tensors thousands of times for their shapes, and never for a CUDA device: what the
+        # CPU platform has to say to each call would be a third of the stall.
+        with torch._C.DisableTorchFunction():
+            request = dist_checkpointing.save(
+                tree,
+                str(self._temporary),
+                sharded_strategy=strategy,
+                validate_access_integrity=False,
+                async_sharded_save=True,
+                **mcore_save_options(),
+            )
+        if self._device.type == "cuda":
+            seen = look()
+            look = lambda: seen  # noqa: E731
+        arguments = list(request.async_fn_args)
+        if request.async_fn is not None:
+            arguments[1] = request.preload_fn()  # what is written, in the host's memory
+        files = [self._temporary / name for name in strategy.files]
+        write = partial(_write_and_describe, request.async_fn, arguments, files, look, results)
+        # megatron-core's own last file, metadata.json, is written with ours.
+        return write, request.finalize_fns[0]
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
         """Leave nothing of a checkpoint that cannot be written, or must not be published."""
         try:
             yield
-        except (SaveError, CheckpointException) as error:
-            why = [in_words(error)]
-            dist.broadcast_object_list(why)  # rank 0 alone has a CheckpointException's words
+        except SaveError as error:
+            if self._process is not None:  # another rank has none
+                self._process.kill()
+                self._end_process()
             self._discard()
-            self.failure = why[0]
-            self._failed(self._path, why[0])
+            self.failure = str(error)
+            self._failed(self._path, self.failure)
         except TrainingError:
             self._discard()
             raise
@@ -189,7 +215,12 @@ class CheckpointWriter:
         held.together()
 
     def _publish(
-        self, state: dict[str, Any], held: HeldErrors, results: ResultsFile, checks: Checks
+        self,
+        state: dict[str, Any],
+        held: HeldErrors,
+        results: ResultsFile,
+        checks: Checks,
+        finalize: Callable[[], None],
     ) -> None:
         """Check off what all ranks have written, and give it its name."""
         folder = self._temporary
@@ -197,8 +228,9 @@ class CheckpointWriter:
         with held.hold():
             own, seen = _result(results)
         described = {name: file for one in held.together(own) for name, file in one.items()}
+        finalize()
         state = {**state, **checks.agree(seen)}
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and held.first is None:
             with held.hold():
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
                 write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
@@ -209,38 +241,53 @@ class CheckpointWriter:
         self.failure = None
 
 
-def _in_fork(write: Callable, *arguments, **options) -> None:
+def _fork(write: Callable[[], None], results: ResultsFile) -> multiprocessing.Process:
+    """Begin to write in a process of its own, which tells what becomes of it in `results`."""
+    process = multiprocessing.get_context("fork").Process(target=_in_fork, args=(write, results))
+    collects = gc.isenabled()
+    gc.disable()  # in the fork, that is: from its first moment
+    try:
+        process.start()
+    finally:
+        if collects:
+            gc.enable()
+    return process
+
+
+def _in_fork(write: Callable[[], None], results: ResultsFile) -> None:
     """What a forked writer does, which has none of its parent's threads, and its memory only until
     it writes to it."""
-    gc.disable()
     torch.set_num_threads(1)
-    write(*arguments, **options)
+    try:
+        write()
+    except OF_THE_MACHINE as error:
+        results.put(one_line(error))
 
 
 def _write_and_describe(
     write: Callable | None,
+    arguments: list[Any],
     files: list[Path],
     look: Callable[[], Any],
     results: ResultsFile,
-    *arguments,
-    **options,
 ) -> None:
     """Look at the memory, write this rank's files (write: None if it has none), and look at them
     while they are near."""
-    seen, described = look(), {}
+    seen = look()
     if write is not None:
-        write(*arguments, **options)
-    with contextlib.suppress(OSError):  # `write` tells of files that are not there
-        described = {path.name: describe(path, durably=True) for path in files}
-    results.put((described, seen))
+        write(*arguments)
+    results.put(({path.name: describe(path, durably=True) for path in files}, seen))
 
 
 def _result(results: ResultsFile) -> tuple[dict[str, dict[str, int | str]], Any]:
     """What this rank's writer has put there."""
     try:
-        return results.get_nowait()
+        result = results.get_nowait()
     except queue.Empty:
         raise RuntimeError("the process that wrote it ended early") from None
+    if isinstance(result, str):
+        raise RuntimeError(result)
+    return result
 
 
 def _refuse(path: Path, why: str) -> None:

@@ -4,6 +4,7 @@ The nodes share the file system of the output; input may be URLs. The driver onl
 merges. A node that dies takes no published task with it, and what it was doing is done elsewhere.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,39 @@ def run_on_ray(
 
     Raises `UserError` as soon as one task does; tasks that are done then stay done.
     """
+    with _cluster() as ray:
+        # A lost node or process is no failure of a task: it is tried again for as long as it takes.
+        remote = ray.remote(num_cpus=1, max_retries=-1)(_run_task)
+        try:
+            arguments = (workspace.output_prefix, options, fingerprint, on_error)
+            pending = {remote.remote(shard, *arguments): shard for shard in shards}
+            while pending:
+                (done, *_), _ = ray.wait(list(pending))
+                shard = pending.pop(done)
+                error, notes, manifest = ray.get(done)
+                for note in notes:
+                    listener.note(note)
+                if error:
+                    for task in pending:
+                        ray.cancel(task)
+                    raise UserError(error)
+                listener.task(shard, manifest)
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"Ray gave up ({str(error).strip().splitlines()[0]}); what was done is kept: run "
+                "the same command again to go on"
+            ) from error
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """The package ray, connected to the cluster at `RAY_ADDRESS`, else to one of this machine alone
+    that nobody else can reach. Ray would join the one that was last started here, by anyone."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # As Ray has it on systems without clusters: it then listens on the loopback interface. It
+        # reads this when it is imported; an address for `init` it would turn into a reachable one.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -53,30 +87,16 @@ def run_on_ray(
     if started_here:
         try:
             with _signal_handlers_kept():
-                ray.init(log_to_driver=False, logging_level="ERROR")
+                ray.init(
+                    address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    include_dashboard=None if address != "local" else False,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster ({error}); check RAY_ADDRESS") from error
-    # A lost node or process is no failure of a task: it is tried again for as long as it takes.
-    remote = ray.remote(num_cpus=1, max_retries=-1)(_run_task)
     try:
-        arguments = (workspace.output_prefix, options, fingerprint, on_error)
-        pending = {remote.remote(shard, *arguments): shard for shard in shards}
-        while pending:
-            (done, *_), _ = ray.wait(list(pending))
-            shard = pending.pop(done)
-            error, notes, manifest = ray.get(done)
-            for note in notes:
-                listener.note(note)
-            if error:
-                for task in pending:
-                    ray.cancel(task)
-                raise UserError(error)
-            listener.task(shard, manifest)
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"Ray gave up ({str(error).strip().splitlines()[0]}); what was done is kept: run the "
-            "same command again to go on"
-        ) from error
+        yield ray
     finally:
         if started_here:
             ray.shutdown()

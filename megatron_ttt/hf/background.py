@@ -1,15 +1,31 @@
-"""Exports beside a training run: one after the other, in a process of its own, on the CPU."""
+"""Exports beside a training run: one after the other, in a process of its own, on the CPU.
+
+    python -m megatron_ttt.hf.background CHECKPOINT OUTPUT PARENT
+
+is that process. It ends when the process PARENT has ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+
+from megatron_ttt.platform.processes import is_running
+
+END_SECONDS = 5.0
+"""So long an export that is abandoned has to tidy up."""
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -20,12 +36,17 @@ class _Export:
     unpublished: Path
     log: Path
     process: subprocess.Popen
+    abandoned: bool = False
 
 
 class BackgroundExports:
-    """What one rank of a run exports; call `advance` now and then."""
+    """What one rank of a run exports; call `advance` now and then.
+
+    failures: of each export that failed, its folder and why.
+    """
 
     def __init__(self):
+        self.failures: dict[Path, str] = {}
         self._waiting: deque[tuple[Path, Path]] = deque()
         self._running: _Export | None = None
 
@@ -39,16 +60,50 @@ class BackgroundExports:
         lines = []
         if self._running is not None and self._running.process.poll() is not None:
             ended, self._running = self._running, None
-            lines.append(_publish(ended))
+            lines.append(self._publish(ended))
         if self._running is None and self._waiting:
-            self._running = _begin(*self._waiting.popleft())
+            checkpoint, output = self._waiting.popleft()
+            try:
+                self._running = _begin(checkpoint, output)
+            except OSError as error:
+                lines.append(self._failed(output, str(error)))
         return lines
 
     def abandon(self) -> None:
-        """Leave undone what is not done."""
+        """Leave undone what is not done: the one that runs is ended, which `advance` then says."""
         self._waiting.clear()
         if self._running is not None:
-            self._running.process.terminate()
+            self._running.abandoned, process = True, self._running.process
+            process.terminate()
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _publish(self, export: _Export) -> str:
+        try:
+            log = export.log.read_text()
+            if export.process.returncode:
+                remove_unfinished(export.unpublished.parent)
+                if export.abandoned:
+                    export.log.unlink()
+                    return f"NOT exported: {export.output}: the next run does it"
+                why = _why(export.process.returncode, log)
+                return self._failed(export.output, f"{why} (all of it: {export.log})")
+            if export.output.is_symlink():
+                export.output.unlink()
+            shutil.rmtree(export.output, ignore_errors=True)
+            os.rename(export.unpublished, export.output)
+            export.log.unlink()
+        except OSError as error:
+            return self._failed(export.output, str(error))
+        warnings = [line for line in log.splitlines() if line.startswith("Warning:")]
+        return "\n".join([f"Exported {export.output}", *warnings])
+
+    def _failed(self, output: Path, why: str) -> str:
+        self.failures[output] = why
+        return f"NOT exported: {output}: {why}"
 
     @property
     def busy(self) -> bool:
@@ -57,7 +112,7 @@ class BackgroundExports:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove what a killed run was exporting. Its exporter may still be at it: it then fails."""
+    """Remove what was being exported when its process, or the run with it, was killed."""
     for pattern in (".exported-*", ".unverified-.exported-*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -73,7 +128,14 @@ def _begin(checkpoint: Path, output: Path) -> _Export:
     }
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", __package__ + ".exporter", checkpoint, unpublished],
+            [
+                sys.executable,
+                "-m",
+                __package__ + ".background",
+                checkpoint,
+                unpublished,
+                str(os.getpid()),
+            ],
             env={**environment, "CUDA_VISIBLE_DEVICES": ""},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -82,12 +144,33 @@ def _begin(checkpoint: Path, output: Path) -> _Export:
     return _Export(output, unpublished, log, process)
 
 
-def _publish(export: _Export) -> str:
-    if export.process.returncode:
-        reason = (export.log.read_text().strip().splitlines() or ["no output"])[-1]
-        return f"NOT exported: {export.output}: {reason} (all of it: {export.log})"
-    shutil.rmtree(export.output, ignore_errors=True)
-    os.rename(export.unpublished, export.output)
-    warnings = [line for line in export.log.read_text().splitlines() if line.startswith("Warning:")]
-    export.log.unlink()
-    return "\n".join([f"Exported {export.output}", *warnings])
+def _why(code: int, log: str) -> str:
+    """Why an exporter failed, in one line."""
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return (log.strip().splitlines() or ["no output"])[-1]
+
+
+def _export(checkpoint: str, output: str, parent: str) -> int:
+    """What the exporter's process does; its exit code."""
+
+    def end_with_parent() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(parent))
+            while is_running(process):
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_SECONDS)
+        os._exit(1)
+
+    # As an exception: what was begun is removed on its way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    from megatron_ttt.errors import run_command
+    from megatron_ttt.hf.exporter import export_checkpoint
+
+    return run_command(lambda: export_checkpoint(Path(checkpoint), Path(output)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(_export(*sys.argv[1:]))

@@ -1,7 +1,5 @@
 """A checkpoint of any layout in, a Hugging Face directory out: weights, code, tokenizer, card.
 
-    python -m megatron_ttt.hf.exporter CHECKPOINT OUTPUT
-
 Needs neither the layout that wrote the checkpoint nor a GPU. Weights are copied tensor by tensor
 and verified layer by layer, so memory is that of the embedding and a layer, not of the model.
 """
@@ -21,7 +19,7 @@ from torch import Tensor
 from megatron_ttt.checkpoint.store import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megatron_ttt.errors import UserError, make_folder, run_command
+from megatron_ttt.errors import UserError, make_folder
 from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
 from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
 from megatron_ttt.hf.model_card import model_card
@@ -167,7 +165,3 @@ def _write_configuration(
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_command(lambda: export_checkpoint(*map(Path, sys.argv[1:3]))))

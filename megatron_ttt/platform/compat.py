@@ -7,12 +7,35 @@ import inspect
 import os
 import pickle
 import queue
+import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
+import megatron.core
 from megatron.core import dist_checkpointing
 from torch import Tensor
+
+WITHOUT_COMMON_FILE = (0, 19)
+"""From here on a checkpoint has no common.pt, which versions before ask for first."""
+
+
+def mcore_version() -> str:
+    """Of megatron-core, as it is recorded in checkpoints."""
+    return megatron.core.__version__
+
+
+def reads_checkpoints_of(written: str) -> bool:
+    """Whether this megatron-core knows the format of the version that wrote a checkpoint: each one
+    knows the older."""
+    return _numbers(written) < WITHOUT_COMMON_FILE or _numbers(mcore_version()) >= (
+        WITHOUT_COMMON_FILE
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a version: the first two."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def mcore_save_options() -> dict[str, Any]:
@@ -65,29 +88,6 @@ class ResultsFile:
         finally:
             self._file.seek(0)
             self._file.truncate()
-
-
-def guard_common_state(guard: Callable[[], AbstractContextManager]) -> None:
-    """Let later saves write rank 0's common.pt within guard().
-
-    Newer versions have no such file; what was in it is written with the rest.
-    """
-    try:
-        from megatron.core.dist_checkpointing.strategies.base import (
-            StrategyAction,
-            register_default_strategy,
-        )
-        from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-    except ImportError:
-        return
-
-    class GuardedStrategy(TorchCommonSaveStrategy):
-        def save_common(self, common_state_dict, checkpoint_dir):
-            with guard():
-                super().save_common(common_state_dict, checkpoint_dir)
-
-    guarded = GuardedStrategy("torch", 1)
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, guarded)
 
 
 @contextmanager

@@ -65,9 +65,10 @@ def open_loggers(config: Config, first_step: int) -> list[Logger]:
 
 class JsonLines:
     """metrics.jsonl: one line a step and one a validation. On a full disk lines are kept in memory
-    until there is room."""
+    until there is room; a file that is removed under the run is made anew."""
 
     def __init__(self, path: Path, first_step: int):
+        self.path = path
         # Cut, not written anew: a run killed in between would lose what it had.
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
         self.file.truncate(_bytes_until(path, first_step))
@@ -101,12 +102,23 @@ class JsonLines:
     def _write_out(self) -> None:
         """Write what there is; on a full disk the rest stays for the next time."""
         try:
+            self._make_anew_if_removed()
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not self.disk_is_full:
                 say(f"Warning: {METRICS_FILE} cannot be written: {error.strerror}; it is kept")
         self.disk_is_full = bool(self.unwritten)
+
+    def _make_anew_if_removed(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self.file.close()
+        self.file = file
+        say(f"Warning: {self.path} was removed under the run; it is made anew, from here on")
 
 
 def _bytes_until(path: Path, step: int) -> int:
@@ -166,6 +178,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder, self.new_writer = folder, SummaryWriter
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self.has_failed = False
 
@@ -173,6 +186,9 @@ class TensorBoard:
         if self.has_failed:
             return
         with self._while_there_is_room():
+            if not self.folder.is_dir():
+                say(f"Warning: {self.folder}/ was removed under the run; it is made anew")
+                self.writer = self.new_writer(str(self.folder))
             for name, figure in record.items():
                 if name != "step":
                     self.writer.add_scalar(name, figure, record["step"])

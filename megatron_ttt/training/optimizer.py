@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from megatron_ttt.config import Config
 from megatron_ttt.platform.compat import gradients_for_norm
+from megatron_ttt.training.gathering import GatheringOptimizer
 
 
 def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedDataParallel]:
@@ -75,8 +76,13 @@ def _keep_bucket_padding(ddp: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class TorchAdamDistributedOptimizer(GatheringOptimizer):
     """DistributedOptimizer as it must be when it holds torch.optim.AdamW (no TE, no Apex)."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a rank has not every parameter whole."""
+        return self.data_parallel_group.size() > 1
 
     def create_state(self) -> None:
         """Make the moments now. AdamW would at its first step, but saving and loading need them;
@@ -101,8 +107,8 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
         self, model_sharded_state_dict, is_loading=False, metadata=None
     ):
         """What super() gives. Alone in its data-parallel group a rank has every parameter whole:
-        nothing is gathered then, which would copy the state five times over."""
-        if is_loading or self.data_parallel_group.size() > 1:
+        nothing is gathered then, which would copy the state."""
+        if is_loading or self.is_cut:
             return super().sharded_param_state_fully_reshardable(
                 model_sharded_state_dict, is_loading, metadata
             )
@@ -156,8 +162,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
     set_options(optimizer, config)
     for inner in optimizer.chained_optimizers:
+        inner.__class__ = GatheringOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
         if not HAVE_APEX_OR_TE:
-            inner.__class__ = TorchAdamDistributedOptimizer
             inner.create_state()
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer

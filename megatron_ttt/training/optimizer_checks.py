@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.model import EMBEDDING, global_parameters
-
-KINDS = ("param", "exp_avg", "exp_avg_sq")
-"""Per parameter: the main parameter and AdamW's two moments."""
+from megatron_ttt.training.gathering import KINDS
 
 Sums = dict[str, tuple[int, ...]]
 """A checksum for each of KINDS, by the parameter's global name."""

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.hf.source import is_export_of
 from megatron_ttt.training.loggers import say
+from megatron_ttt.training.stopping import StopRequests
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
+
+EXPORT_POLL_SECONDS = 1.0
 
 SLOW_SAVE_SECONDS = 10.0
 """A save that holds training up for less is not worth a warning."""
@@ -40,8 +43,10 @@ SLOW_SAVE_SECONDS = 10.0
 class Saver:
     """Checkpoints of a run into its folder. All its methods are collective."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, stop: StopRequests | None = None):
+        """stop: asked before a save and when it is published whether the folder is still this
+        run's; None: it is."""
+        self.config, self.device, self.stop = config, device, stop
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         self.exports = BackgroundExports()
@@ -79,10 +84,23 @@ class Saver:
         """Write checkpoint-STEP/ of unwrapped chunks with current weights, and when it has its name
         what goes with it. state, checks: see the writer. since: when training stopped for it, by
         time.perf_counter."""
+        self._check_alone()
         self._wait_for_removals()  # there may be no room but theirs
         path = self.run_dir / checkpoint_name(state["step"])
         published = partial(self._published, path, state["step"], milestone)
-        self.writer.save(path, chunks, optimizer, state, checks=checks, published=published)
+
+        def agree(seen: Any) -> dict[str, Any]:
+            self._check_alone()
+            return checks.agree(seen)
+
+        self.writer.save(
+            path,
+            chunks,
+            optimizer,
+            state,
+            checks=checks._replace(agree=agree),
+            published=published,
+        )
         stall, trained = time.perf_counter() - since, since - self.saved_at
         self.saved_at = time.perf_counter()
         if self.is_first_rank and self.config.checkpoint.asynchronous:
@@ -92,6 +110,10 @@ class Saver:
                 f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
                 f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
             )
+
+    def _check_alone(self) -> None:
+        if self.stop is not None:
+            self.stop.check_alone()
 
     def _published(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
         """What rank 0 does when a checkpoint has its name."""
@@ -124,8 +146,13 @@ class Saver:
             except OSError as error:
                 say(f"Warning: {path} could not be removed: {error}")
 
-        self.removals.append(threading.Thread(target=remove))
-        self.removals[-1].start()
+        thread = threading.Thread(target=remove)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            remove()
+        else:
+            self.removals.append(thread)
 
     def _wait_for_removals(self) -> None:
         while self.removals:
@@ -165,18 +192,18 @@ class Saver:
             self.exports.add(path, self.run_dir / FINAL_MODEL)
 
     def _advance_exports(self) -> None:
-        try:
-            for line in self.exports.advance():
-                say(line)
-        except OSError as error:
-            say(f"Warning: an export failed: {error}")
+        for line in self.exports.advance():
+            say(line)
 
     def abandon_exports(self) -> None:
         """Whoever stops a run gives it little time; the next one exports what is missing."""
         self.exports.abandon()
+        self._advance_exports()
 
-    def wait_for_exports(self) -> None:
-        """Until rank 0's are done; the ranks keep in touch, as one that waits long gives up."""
+    def wait_for_exports(self, stop_reason: Callable[[], str | None]) -> str | None:
+        """Until rank 0's are done, or abandoned as there is a reason to stop, which is returned;
+        the ranks keep in touch, as one that waits long gives up. Raises TrainingError, on all of
+        them, where one failed."""
         running = torch.ones((), dtype=torch.int32, device=self.device)
         while True:
             self._advance_exports()
@@ -184,7 +211,18 @@ class Saver:
             dist.broadcast(running, src=0)
             if not running.item():
                 break
-            time.sleep(1.0)
+            if (reason := stop_reason()) is not None:
+                self.abandon_exports()
+                return reason
+            time.sleep(EXPORT_POLL_SECONDS)
+        failures = [self.exports.failures]
+        dist.broadcast_object_list(failures)
+        for output, why in failures[0].items():
+            raise TrainingError(
+                f"{output} was not exported: {why}. The checkpoints are good: the same command, "
+                "given again, exports what is missing"
+            )
+        return None
 
 
 def _export_of(milestone: Path) -> Path:

@@ -18,7 +18,12 @@ from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
 from megatron_ttt.checkpoint.manifest import find_damage, replace_durably
-from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
+from megatron_ttt.checkpoint.state import (
+    check_versions,
+    layout,
+    load_checkpoint,
+    load_weights,
+)
 from megatron_ttt.checkpoint.store import (
     Checkpoint,
     check_architecture,
@@ -101,7 +106,7 @@ class Trainer:
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
-        self.saver = Saver(config, platform.device)
+        self.saver = Saver(config, platform.device, stop)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
         self.watch = RunWatch(
@@ -133,6 +138,7 @@ class Trainer:
             if checkpoint is None or self._goes_back(checkpoint, named):
                 checkpoint = named
         if checkpoint is not None:
+            check_versions(checkpoint)
             check_architecture(checkpoint, to_dict(self.config)["model"], say)
             check_resume(checkpoint, self.config, say)
             if self._is_own(checkpoint):
@@ -184,15 +190,20 @@ class Trainer:
         """
         with self._open_log() or nullcontext() as log:
             reason = self._run_steps(log)
-        if reason is None:
-            self.saver.wait_for_exports()
-        else:
-            self.saver.abandon_exports()
         if self.saver.failure is not None:
+            self.saver.abandon_exports()
             raise TrainingError(
                 f"the last checkpoint, of step {self.step}, was not saved ({self.saver.failure}): "
                 "make room, and give the same command again"
             )
+        if reason is None:
+            self.at.doing = "exporting"
+            reason = self.saver.wait_for_exports(self._signalled)
+        else:
+            self.saver.abandon_exports()
+        if reason is not None and self.is_first_rank:
+            last = self.config.training.exit_step or self.config.training.steps
+            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
 
     def _run_steps(self, log: MetricsLog | None) -> str | None:
@@ -205,9 +216,8 @@ class Trainer:
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
-        if self.stop is not None and self.step < last:
-            # A signal during start-up: there is nothing new to save.
-            reason = self.stop.reason(self.platform.device)
+        if self.step < last:
+            reason = self._signalled()  # during start-up: there is nothing new to save
         while self.step < last and reason is None:
             self.at.step, self.at.doing = self.step + 1, "training"
             started = time.perf_counter()
@@ -235,9 +245,10 @@ class Trainer:
                 if not at_end and reason is None:
                     reason = self._stop_reason()  # a signal during the save: that was the last
         self.saver.wait()
-        if reason is not None and self.saver.failure is None and self.is_first_rank:
-            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
+
+    def _signalled(self) -> str | None:
+        return None if self.stop is None else self.stop.reason(self.platform.device)
 
     def _stop_reason(self) -> str | None:
         if self.stop is None:
@@ -307,7 +318,6 @@ class Trainer:
         state = {
             "step": self.step,
             "layout": layout(self.config),
-            "torch": torch.__version__,
             "config": to_dict(self.config),
             "skipped_steps": self.skipped_steps,
             "data": self.data_fingerprints,  # rank 0's, which writes this

@@ -1,0 +1,97 @@
+"""Two data-parallel ranks, of which one fails at each moment of a save; run it under torchrun.
+
+    failing_saves.py OUTPUT key.path=value ...
+
+Writes to OUTPUT what was said of each save, by moment, and whether the optimizer's state is
+gathered as megatron-core's own code gathers it.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from harness import ROOT
+
+from megatron_ttt.checkpoint import faults, state, writer
+from megatron_ttt.config import load_config
+from megatron_ttt.training.gathering import KINDS, GatheringOptimizer
+from megatron_ttt.training.trainer import Trainer, start
+
+MOMENTS = {
+    "memory for the optimizer's state": (GatheringOptimizer, "reserve", 1),
+    "the tree": (state, "_tree", 1),
+    "the folder, which is gone": (writer.dist_checkpointing, "save", 0),
+    "objects in bytes": (faults, "mcore_to_pyt_state_dict", 1),
+    "the plan": (faults.MCoreSavePlanner, "create_local_plan", 1),
+    "copies to write": (faults._Writer, "prepare_write_data", 1),
+    "the fork": (writer, "_fork", 1),
+    "the checks": (writer, "_write_and_describe", 1),
+    "the tensors' files": (faults, "_write_files", 1),
+    "what was written": (faults._Writer.__base__, "retrieve_write_results", 1),
+    ".metadata": (faults._Writer.__base__, "finish", 0),
+    "publishing": (writer, "publish", 0),
+}
+
+
+@contextlib.contextmanager
+def failing(owner, name: str, rank: int) -> Iterator[None]:
+    """While a function fails on a rank."""
+    if dist.get_rank() != rank:
+        yield
+        return
+    with mock.patch.object(owner, name, side_effect=MemoryError("no more")):
+        yield
+
+
+def gathered_as_megatron_does(optimizer) -> bool:
+    """Whether the state that is gathered has the same bits."""
+    same = True
+    for inner in optimizer.chained_optimizers:
+        inner.reserve()
+        inner.gather()
+        expected = super(GatheringOptimizer, inner).get_parameter_state_dp_zero(
+            use_gloo_comm=False, return_on_all_ranks=True
+        )
+        for number in range(len(inner.buffers)):
+            for dtype, tensors in expected[number].items():
+                ours = inner.gathered[number][dtype]
+                same &= all(torch.equal(ours[kind], tensors[kind]) for kind in KINDS)
+                same &= bool(tensors["exp_avg"].count_nonzero())
+        inner.release()
+    return same
+
+
+def main() -> None:
+    output, *overrides = sys.argv[1:]
+    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
+    trainer = Trainer(config, start(config))
+    batches = trainer.data.train_batches(0, config.training.steps)
+    trainer.train_step(next(batches))
+    said = {"same": gathered_as_megatron_does(trainer.optimizer)}
+    trainer.save()
+    trainer.saver.wait()
+    trainer.train_step(next(batches))
+    for moment, (owner, name, rank) in MOMENTS.items():
+        with failing(owner, name, rank):
+            trainer.save()
+            trainer.saver.wait()
+        everyones = [None, None]
+        dist.all_gather_object(everyones, trainer.saver.failure)
+        assert everyones[0] == everyones[1], everyones
+        said[moment] = everyones[0]
+    trainer.save()
+    trainer.saver.wait()
+    said["at last"] = trainer.saver.failure
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(said))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
