@@ -116,8 +116,8 @@ def _refusing(file: Path) -> Iterator[None]:
 
 def _refusal(file: str | Path, named: str) -> UserError:
     return UserError(
-        f"{file} asks for {named}, which could run code and which no checkpoint needs: it was not "
-        "loaded; use another"
+        f"{file} asks for {named}, which could run code and which no checkpoint of torch "
+        f"{torch.__version__} needs: it was not loaded; use another"
     )
 
 

@@ -128,20 +128,18 @@ def _begin(checkpoint: Path, output: Path) -> _Export:
     }
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                __package__ + ".background",
-                checkpoint,
-                unpublished,
-                str(os.getpid()),
-            ],
+            _command(checkpoint, unpublished),
             env={**environment, "CUDA_VISIBLE_DEVICES": ""},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a launcher signals the process group
         )
     return _Export(output, unpublished, log, process)
+
+
+def _command(checkpoint: Path, output: Path) -> list[str | Path]:
+    module = __package__ + ".background"
+    return [sys.executable, "-m", module, checkpoint, output, str(os.getpid())]
 
 
 def _why(code: int, log: str) -> str:
