@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import random
+import re
 import runpy
 import selectors
 import signal
@@ -94,7 +95,7 @@ class ForkedPopen(_Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         _, _, shell, *pipes = rest[:9]
         command = [str(part) for part in args] if isinstance(args, list | tuple) else [args]
-        python = command[0] == sys.executable and len(command) > 1 and command[1] != "-c"
+        python = command[0] == sys.executable and re.match("-m$|[^-]", " ".join(command[1:2]))
         if not python or executable or preexec_fn or pass_fds or shell:
             return super()._execute_child(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest
