@@ -2,8 +2,8 @@
 
     failing_saves.py OUTPUT key.path=value ...
 
-Writes to OUTPUT what was said of each save, by moment, and whether the optimizer's state is gathered
-as megatron-core's own code gathers it.
+Writes to OUTPUT what was said of each save, by moment, and whether the optimizer's state is
+gathered as megatron-core's own code gathers it.
 """
 
 import contextlib

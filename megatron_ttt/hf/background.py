@@ -123,14 +123,7 @@ def _begin(checkpoint: Path, output: Path) -> _Export:
     }
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                __package__ + ".background",
-                checkpoint,
-                unpublished,
-                str(os.getpid()),
-            ],
+            _command(checkpoint, unpublished),
             env={**environment, "CUDA_VISIBLE_DEVICES": ""},
             stdout=file,
             stderr=subprocess.STDOUT,
