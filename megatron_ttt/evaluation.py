@@ -300,8 +300,9 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
 
 
 def _untrained(official: dict[str, Any]) -> dict[str, Any]:
-    """The training section of a model that was not trained here, by its config.json."""
-    return {
-        "seq_length": official.get("max_position_embeddings", 2048),
-        "global_batch_size": 1,
-    }
+    """The training section of a model that was not trained here, by its config.json.
+
+    It is evaluated on eight sequences, which up to eight data-parallel ranks can share.
+    """
+    length = official.get("max_position_embeddings", 2048)
+    return {"seq_length": length, "global_batch_size": 8, "eval_batches": 1}

@@ -234,12 +234,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def torchrun(processes: int, script: Path, *arguments) -> str:
+def torchrun(processes: int, script: Path, *arguments, **options) -> str:
     """Run a script as one job of so many processes; its output, or an error that shows it.
 
-    The processes are what torchrun would start, forked (see prefork.py).
+    options: those of `start`.
     """
-    return run([sys.executable, script, *arguments], ranks=processes)
+    return run([sys.executable, script, *arguments], ranks=processes, **options)
 
 
 def start(
@@ -254,13 +254,16 @@ def start(
 ) -> subprocess.Popen:
     """Start a command that writes to open files, by default both streams to one.
 
-    What Python would run is forked from a process that has imported it (see prefork.py), unless
-    `forked` is false.
+    What Python would run, or torchrun as a job of so many `ranks`, is forked from a process that
+    has imported it (see prefork.py). With `forked` false, Python or torchrun is started.
     """
     ensure_server()
     command = [str(part) for part in command]
     options = {"cwd": cwd, "env": env or environment(), "stderr": stderr or stdout}
     if not forked:
+        if ranks:
+            job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            command[1:1] = job
         return subprocess.Popen(command, stdout=stdout, **options)
     return ForkedPopen(command, ranks=ranks, stdout=stdout, **options)
 

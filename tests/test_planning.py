@@ -76,7 +76,9 @@ def test_bytes_sent_are_those_a_rank_sends(layer, layout, tmp_path):
         *(f"data.fixed_batches={ids(tmp_path)}", f"run.dir={tmp_path}/run"),
     ]
     recipe = RECIPES / "debug_cpu.yaml"
-    torchrun(2, ROOT / "tests/sent_bytes.py", tmp_path / "sent.json", recipe, *overrides)
+    # Not forked: it wraps collectives before megatron-core takes them at import.
+    script = ROOT / "tests/sent_bytes.py"
+    torchrun(2, script, tmp_path / "sent.json", recipe, *overrides, forked=False)
     sent = json.loads((tmp_path / "sent.json").read_text())
     config = load_config([recipe], overrides)
     planned = bytes_per_step(config, check_layout(config, PROCESSES.get(layout, 2)))

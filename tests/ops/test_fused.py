@@ -25,7 +25,8 @@ def measured(tmp_path_factory) -> dict:
             patch.setenv("TRITON_INTERPRET", "1")
         paths = (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/ops"))
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        torchrun(1 if ON_GPU else 2, Path(__file__).with_name("fused_cases.py"), output)
+        script = Path(__file__).with_name("fused_cases.py")
+        torchrun(1 if ON_GPU else 2, script, output, forked=False)
     return json.loads(output.read_text())
 
 
