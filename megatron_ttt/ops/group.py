@@ -24,8 +24,8 @@ from torch import Tensor
 from megatron_ttt.ops.layernorm import normalise, normalise_again, project
 
 GROWTH = 32
-"""How much larger a state may be after a group for the group's steps to be taken back from it; the
-same in ops/cpp/backward.h and ops/triton/common.py."""
+"""How much larger weights may be after a group whose steps are taken back. The same in
+ops/cpp/backward.h and ops/triton/common.py."""
 
 
 def augmented(width: int) -> int:
@@ -40,16 +40,15 @@ def augment(W: Tensor, b: Tensor) -> Tensor:
 
 
 def grew(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
-    """Whether one layer of one head's state is more than `GROWTH` times as large after a group as
-    before it.
+    """Whether a group made weights [A, I, J] of a head more than `GROWTH` times as large.
 
-    Taking a step back leaves the rounding error of the larger state in the smaller one, so what is
-    lost grows with that factor. Before and after say it all: the gradient of a loss behind a
-    LayerNorm is orthogonal to Z, so no step makes the weights that give Z smaller.
+    Taking a step back leaves the rounding error of the larger state in the smaller one. What is
+    before and after the group says enough: behind a LayerNorm a gradient is orthogonal to the
+    weights and bias that it is taken by, so that a step makes these together larger, never smaller.
     """
     return any(
-        (of_group.flatten(1).norm(dim=1) > GROWTH * W.flatten(1).norm(dim=1)).any()
-        for W, of_group in zip(before, after)
+        (x.flatten(1).norm(dim=1) > GROWTH * W.flatten(1).norm(dim=1)).any().item()
+        for W, x in zip(before, after)
     )
 
 

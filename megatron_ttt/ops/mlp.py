@@ -151,7 +151,8 @@ class MLPGroup(Group):
 
     def restore(self, before, W1_AEM, W2_AJF, Z1s_NA2KM, S2_NAKK, *outputs):
         after = W1_AEM, W2_AJF
-        self.forwards = W1_AEM.device.type != "cpu" or grew(before, after)
+        weights = self.unpack(*before)[::2]
+        self.forwards = W1_AEM.device.type != "cpu" or grew(weights, after)
         self.start(*(before if self.forwards else after))
         self.restore_norms(*outputs)
         self.Z1s_NA2KM, self.Z1_NAKM = Z1s_NA2KM, Z1s_NA2KM[:, :, : self.shape[3]]

@@ -8,7 +8,7 @@
 
 #include "forward.h"
 
-// How much larger a state may be after a group, of which steps are taken back; see ../group.py.
+// How much larger weights may be after a group whose steps are taken back; see ../group.py.
 constexpr float GROWTH = 32;
 
 class Backward : Forward {
@@ -54,18 +54,17 @@ class Backward : Forward {
     }
   }
 
-  // The group that mini-batch i is the last of.
+  // The state of the group that ends with mini-batch i: after it or, in `states`, at all its steps.
+  // c, of which nothing is asked here, is not kept.
   void start_group(Size i) {
     Size of_group = i / group * group;
     if (of_group == 0)
       load_state(s.W1, s.b1, s.W2, s.b2, V, c, W);
     else
       load_kept_state(of_group - 1);
-    float W_before = squares(W), V_before = squares(V);
-    const float* after = group_of(i);
-    constexpr float LIMIT = GROWTH * GROWTH;
-    forwards = dot(after, after, W.size()) > LIMIT * W_before ||
-               dot(after + W.size(), after + W.size(), V.size()) > LIMIT * V_before;
+    const float *W_after = group_of(i), *V_after = W_after + W.size();
+    forwards = squares(J * E, W_after) > GROWTH * GROWTH * squares(I * E, W.data()) ||
+               squares(M * E, V_after) > GROWTH * GROWTH * squares(M * E, V.data());
     if (!forwards) return load_kept_state(i);
     states.clear();
     for (Size n = of_group;; ++n) {
@@ -84,7 +83,7 @@ class Backward : Forward {
     std::copy_n(state + W.size(), V.size(), V.begin());
   }
 
-  static float squares(const Buffer& b) { return dot(b.data(), b.data(), b.size()); }
+  static float squares(Size n, const float* x) { return dot(x, x, n); }
 
   void mini_batch() {
     stepped = r == K;
