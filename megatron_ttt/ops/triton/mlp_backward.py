@@ -119,9 +119,7 @@ def mlp_backward(
         kept = a * C + C - 1 - c
         W1_after, b1_after = W1_ACFM + kept * F * M, b1_ACM + kept * M
         W2_after = W2_ACMF + kept * M * F
-        copy_state(
-            W1_FM, b1_M, W2_MF, W1_after, b1_after, W2_after, units, row_features, F, M, BM
-        )
+        copy_state(W1_FM, b1_M, W2_MF, W1_after, b1_after, W2_after, units, row_features, F, M, BM)
         tl.debug_barrier()
         W1_before, b1_before, W2_before = W1_after - F * M, b1_after - M, W2_after - M * F
         if c == C - 1:
