@@ -224,13 +224,13 @@ class MLPGroup(Group):
         """W1T and W2T before each mini-batch, from those before the first."""
         W1T, W2T = self.W1T, self.W2T
         M, Z1_NAKM = self.M, self.Z1_NAKM
-        gate, slope = torch.empty_like(Z1_NAKM), torch.empty_like(Z1_NAKM)
+        gate, slopes = torch.empty_like(Z1_NAKM), torch.empty_like(Z1_NAKM)
         X2_NAKJ = self.new(*Z1_NAKM.shape[:3], W2T.shape[2]).zero_()
         X2_NAKJ[..., M] = 1
         X2_NAKM = torch.mul(Z1_NAKM, self.exact.gate(Z1_NAKM, out=gate), out=X2_NAKJ[..., :M])
-        self.inner_derivative(Z1_NAKM, gate, X2_NAKM, out=slope)
+        self.inner_derivative(Z1_NAKM, gate, X2_NAKM, out=slopes)
         states = [(W1T, W2T)]
-        for m, X2, slope in zip(self.mini_batches[:-1], X2_NAKJ, slope):
+        for m, X2, slope in zip(self.mini_batches[:-1], X2_NAKJ, slopes):
             G1T = torch.bmm(m.G, W2T[:, :, :M]).mul_(slope).mT
             W1T, W2T = torch.baddbmm(W1T, G1T, m.step), torch.baddbmm(W2T, m.step2T, X2)
             states.append((W1T, W2T))

@@ -29,9 +29,8 @@ def built(fresh_library, monkeypatch):  # noqa: F811
     def load(path):
         with open(path) as file:
             done.loaded.append(file.read())
-        return SimpleNamespace(
-            kept_size=SimpleNamespace(), forward=SimpleNamespace(), backward=build
-        )
+        functions = "kept_size", "forward", "backward"
+        return SimpleNamespace(**{name: SimpleNamespace() for name in functions})
 
     monkeypatch.setattr(build, "run", compile_nothing)
     monkeypatch.setattr(build.ctypes, "CDLL", load)

@@ -19,7 +19,7 @@ HEAD_DIM = range(16, 129)
 MINI_BATCH = (16, 32, 64)
 _SIZES = (16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128)
 SHARED_KIB = {
-    ("linear", torch.bfloat16): dict(zip(_SIZES, (16, 20, 32, 44, 56, 80))),
+    ("linear", torch.bfloat16): dict(zip(_SIZES, (16, 20, 32, 64, 64, 80))),
     ("linear", torch.float32): dict(zip(_SIZES, (35, 57, 112, 99, 137, 226))),
     ("mlp", torch.bfloat16): dict(zip(_SIZES, (44, 64, 112, 74, 104, 152))),
     ("mlp", torch.float32): dict(zip(_SIZES, (62, 96, 176, 110, 160, 216))),
