@@ -123,8 +123,8 @@ def linear_backward(
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     F: tl.constexpr, P: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid [A]. From dq to db are the gradients to write, dtau, dgamma and dbeta as one partial sum a
-    program; the other arguments are the forward's and the gradients of its outputs."""
+    """Grid [A]. From dq to db are the gradients to write, dtau, dgamma and dbeta as one partial sum
+    a program; the other arguments are the forward's and the gradients of its outputs."""
     a = tl.program_id(0).to(tl.int64)
     batch, head = a // H, a % H
     q_LF = q_BHLF + batch * q_b + head * q_h
