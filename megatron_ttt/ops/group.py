@@ -23,6 +23,10 @@ from torch import Tensor
 
 from megatron_ttt.ops.layernorm import normalise, normalise_again, project
 
+GROWTH = 32
+"""How much larger weights may be after a group whose steps are taken back. The same in
+ops/cpp/backward.h and ops/triton/common.py."""
+
 
 def augmented(width: int) -> int:
     """Room for `width` features, the 1, and zeros up to a multiple of 8."""
@@ -33,6 +37,19 @@ def augment(W: Tensor, b: Tensor) -> Tensor:
     """Weights [B, H, I, J] over the bias [B, H, 1, J] over zeros, as [A, I + 1.., J]."""
     zeros = augmented(W.shape[-2]) - W.shape[-2] - 1
     return torch.nn.functional.pad(torch.cat((W, b), -2), (0, 0, 0, zeros)).flatten(0, 1)
+
+
+def grew(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
+    """Whether a group made weights [A, I, J] of a head more than `GROWTH` times as large.
+
+    Taking a step back leaves the rounding error of the larger state in the smaller one. What is
+    before and after the group says enough: behind a LayerNorm a gradient is orthogonal to the
+    weights and bias that it is taken by, so that a step makes these together larger, never smaller.
+    """
+    return any(
+        (x.flatten(1).norm(dim=1) > GROWTH * W.flatten(1).norm(dim=1)).any().item()
+        for W, x in zip(before, after)
+    )
 
 
 def flat(x_NA: Tensor) -> Tensor:
@@ -51,7 +68,9 @@ class Group:
 
     - pack, unpack: between the state as its users know it and as the loops do,
     - state: tensors stepped by `forward`, and `start`, which sets them,
-    - forward(output): fills it; leaves in `kept` what `restore` gives a group before its backward,
+    - forward(output): fills it; leaves in `kept` the state after the group and what else the
+      backward wants,
+    - restore(before, *kept): gives a group its state before it and what was kept of it,
     - backward(d_output, d_tokens): fills the gradients of q, k, v and lam, returns those of tau,
       gamma and beta; takes the state's gradient, given on construction, from after the group to
       before it.

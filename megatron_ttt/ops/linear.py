@@ -1,7 +1,7 @@
 """TTT-Linear over a group of mini-batches, forward and backward (arXiv 2407.04620, section 2).
 
 The loops hold the chain of the state, and in the backward the chain of its gradient; the states
-themselves the backward finds by taking the steps back from the state after the group.
+themselves the backward makes again from the state before the group.
 """
 
 import torch
@@ -69,15 +69,16 @@ class LinearGroup(Group):
         statistics_4NAK1 = self.write_output(Zbar_NAKF, output)
         self.kept = after_AEF, Z_NAKF, Zbar_NAKF, statistics_4NAK1
 
-    def restore(self, after_AEF, *outputs):
-        self.start(after_AEF)
+    def restore(self, before, _, *outputs):
+        (W_AEF,) = before
+        self.W_NAEF[0] = W_AEF
         self.restore_norms(*outputs)
 
     def backward(self, d_output, d_tokens):
         F = self.shape[-1]
         self.inner_gradients()
-        for m in reversed(self.mini_batches):
-            torch.baddbmm(m.W_next, m.stepT, m.G, alpha=-1, out=m.W)
+        for m in self.mini_batches[:-1]:
+            torch.baddbmm(m.W, m.stepT, m.G, out=m.W_next)
         self.output_backward(d_output)
         PT, dZbar = flat(self.P_NAKK).mT, flat(self.dZbar_NAKF)
         flat(self.dG_NAKF).baddbmm_(PT, dZbar, beta=0, alpha=-1)

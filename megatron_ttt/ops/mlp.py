@@ -3,7 +3,10 @@
 A state is 32 times as large as a mini-batch's tokens and a hidden layer four times, so it pays to
 do everything with a mini-batch's hidden layers and state while they are in cache. The forward
 steps one state in place and keeps Z1 and Z1bar, the hidden layers before their GELU; the backward
-starts from the state after the group and takes the steps back, in place too.
+starts from the state after the group and takes the steps back, in place too. Where the state grew
+so much in the group that this would lose it (`grew`), the backward takes the steps forwards again
+from the state before the group, and holds all its states. On a GPU it always does: there the host
+would have to wait to know.
 
 Sizes beside those of `group.py`: M hidden width, J > M the hidden units, a constant 1 and zeros.
 The backward holds its state transposed, [M, E] and [F, J]: MKL is slow at [K, M] times the
@@ -13,7 +16,7 @@ transpose of [E, M], and of the products there most are with the transposed stat
 import torch
 
 from megatron_ttt.ops.gelu import EXACT, ROUNDED, Gelu
-from megatron_ttt.ops.group import Group, augment, each, flat
+from megatron_ttt.ops.group import Group, augment, each, flat, grew
 
 
 class MLPGroup(Group):
@@ -136,6 +139,7 @@ class MLPGroup(Group):
             dP1=self.dP1_NAKK,
             dS2=self.dS2_NAKK,
             dS2T=self.dS2_NAKK.mT,
+            G=self.G_NAKF,
             dG=self.dG_NAKF,
             dZ=self.dZ_NAKF,
             dZbarG=self.dZs_NA3KF[:, :, K:],
@@ -145,8 +149,11 @@ class MLPGroup(Group):
             Y2=self.Y2_NAKF,
         )
 
-    def restore(self, W1_AEM, W2_AJF, Z1s_NA2KM, S2_NAKK, *outputs):
-        self.start(W1_AEM, W2_AJF)
+    def restore(self, before, W1_AEM, W2_AJF, Z1s_NA2KM, S2_NAKK, *outputs):
+        after = W1_AEM, W2_AJF
+        weights = self.unpack(*before)[::2]
+        self.forwards = W1_AEM.device.type != "cpu" or grew(weights, after)
+        self.start(*(before if self.forwards else after))
         self.restore_norms(*outputs)
         self.Z1s_NA2KM, self.Z1_NAKM = Z1s_NA2KM, Z1s_NA2KM[:, :, : self.shape[3]]
         self.S2_NAKK = S2_NAKK
@@ -162,6 +169,7 @@ class MLPGroup(Group):
 
         M, W1T, W2T, dW1, dW2 = self.M, self.W1T, self.W2T, self.dW1, self.dW2
         W1T_F, W2T_M, W2 = W1T[:, :, :F], W2T[:, :, :M], W2T.mT
+        states = self.states() if self.forwards else None
         dW2T_M = dW2[:, :M].mT
         X2, X2bar, dH = self.X2s.split(K, 1)
         X2_M, X2bar_M, dH_M = (x[..., :M] for x in (X2, X2bar, dH))
@@ -180,7 +188,11 @@ class MLPGroup(Group):
             reversed(self.Z1_NAKM.unbind()),
         ):
             self.gelus(Z1s, Z1)
-            W2T.baddbmm_(m.step2T, X2, alpha=-1)
+            if states is None:
+                W2T.baddbmm_(m.step2T, X2, alpha=-1)
+            else:
+                W1T, W2T = states.pop()
+                W1T_F, W2T_M, W2 = W1T[:, :, :F], W2T[:, :, :M], W2T.mT
             torch.bmm(m.dZbarG, W2T_M, out=dX2barH)
             d2gelu.mul_(H)
             H.mul_(self.dgelu_inner)  # G1
@@ -197,7 +209,8 @@ class MLPGroup(Group):
             dZ1.mul_(dX2).addcmul_(dG1, d2gelu)
             dW2.baddbmm_(X2sT, m.dZs)
             dW1.baddbmm_(m.xqT, dZ1s)
-            W1T.baddbmm_(G1T, m.step, alpha=-1)
+            if states is None:
+                W1T.baddbmm_(G1T, m.step, alpha=-1)
             torch.bmm(dZ1s, W1T_F, out=m.dxq)
 
         dPS = self.dP_NAKK.mul_(self.S2_NAKK).addcmul_(self.S_NAKK, self.dP1_NAKK)
@@ -206,6 +219,22 @@ class MLPGroup(Group):
         self.dx_NAKF.addcmul_(self.rate_NAK1, GdW1[:, :, :F].mT)
         Y = GdW1.mul_(self.x_NAKE.mT).sum(-2) + self.Y2_NAKF.mul_(self.G_NAKF).sum(-1)
         return self.gradients(dPS, Y, d_output, d_tokens)
+
+    def states(self):
+        """W1T and W2T before each mini-batch, from those before the first."""
+        W1T, W2T = self.W1T, self.W2T
+        M, Z1_NAKM = self.M, self.Z1_NAKM
+        gate, slopes = torch.empty_like(Z1_NAKM), torch.empty_like(Z1_NAKM)
+        X2_NAKJ = self.new(*Z1_NAKM.shape[:3], W2T.shape[2]).zero_()
+        X2_NAKJ[..., M] = 1
+        X2_NAKM = torch.mul(Z1_NAKM, self.exact.gate(Z1_NAKM, out=gate), out=X2_NAKJ[..., :M])
+        self.inner_derivative(Z1_NAKM, gate, X2_NAKM, out=slopes)
+        states = [(W1T, W2T)]
+        for m, X2, slope in zip(self.mini_batches[:-1], X2_NAKJ, slopes):
+            G1T = torch.bmm(m.G, W2T[:, :, :M]).mul_(slope).mT
+            W1T, W2T = torch.baddbmm(W1T, G1T, m.step), torch.baddbmm(W2T, m.step2T, X2)
+            states.append((W1T, W2T))
+        return states
 
     def gelus(self, Z1s, Z1):
         """X2 and X2bar, their derivatives, and of Z1 the inner gradient's two derivatives."""

@@ -3,7 +3,8 @@
 The sequence is cut into groups of mini-batches, which `linear.py` and `mlp.py` take through the
 inner model. The forward keeps of each group the state after it and, of each token, Z and Zbar, the
 inner model's outputs for key and query, with their LayerNorms' statistics (TTT-MLP: also the hidden
-layers). The backward finds everything else again, one group at a time from the last to the first.
+layers). The backward finds everything else again, one group at a time from the last to the first:
+a group starts from the state after the one before it, the first from the initial state.
 
 Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N mini-batches of a group, A pairs
 of batch and head.
@@ -42,9 +43,9 @@ class Scan(torch.autograd.Function):
                 [W[block] for W in state],
                 [W[block] for W in final_state],
             )
-        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *(x for group in kept for x in group))
-        ctx.state_shapes = [W.shape for W in state]
-        ctx.dtype, ctx.kept_each = dtype, len(kept[0])
+        kept_by_group = (x for group in kept for x in group)
+        ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *state, *kept_by_group)
+        ctx.state_tensors, ctx.kept_each = len(state), len(kept[0])
         ctx.set_materialize_grads(False)
         return output, *final_state
 
@@ -52,12 +53,12 @@ class Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_output, *d_final_state):
         q, k, v, lam, tau, gamma, beta, *kept = ctx.saved_tensors
+        state, kept = kept[: ctx.state_tensors], kept[ctx.state_tensors :]
         kept = [kept[i : i + ctx.kept_each] for i in range(0, len(kept), ctx.kept_each)]
         d_output = torch.zeros_like(q) if d_output is None else d_output
-        dtype = ctx.dtype
+        dtype = state[0].dtype
         d_state = [
-            q.new_zeros(shape, dtype=dtype) if d is None else d.clone()
-            for d, shape in zip(d_final_state, ctx.state_shapes)
+            W.new_zeros(W.shape) if d is None else d.clone() for d, W in zip(d_final_state, state)
         ]
         dq, dk, dv, dlam = (torch.empty_like(x) for x in (q, k, v, lam))
         dtau, dgamma, dbeta = (torch.zeros_like(x, dtype=dtype) for x in (tau, gamma, beta))
@@ -67,6 +68,7 @@ class Scan(torch.autograd.Function):
             sums = backward_block(
                 [x[block] for x in (q, k, v, lam, d_output, dq, dk, dv, dlam)],
                 shared_by_tokens(tau, gamma, beta, block, q, dtype),
+                [W[block] for W in state],
                 kept[i * groups : (i + 1) * groups],
                 [d[block] for d in d_state],
             )
@@ -97,19 +99,22 @@ def forward_block(tokens, shared, state, final_state):
 
 
 @torch.inference_mode()
-def backward_block(tokens, shared, kept, d_state):
+def backward_block(tokens, shared, state, kept, d_state):
     """Fill the tokens' gradients (the last of `tokens`) and take `d_state` from the final to the
     initial state's; return the gradients of tau, gamma and beta."""
     Group = GROUP[len(d_state)]
     groups = cut(tokens, len(shared[0]), Group.SIZE)
     d_carried = Group.pack(*d_state)
+    # Of each group the state before it: of the first the initial one.
+    before = [Group.pack(*state), *(of_group[: len(d_carried)] for of_group in kept[:-1])]
     sums = [0, 0, 0]
     group = None
-    for (q, k, v, lam, d_output, *d_tokens), kept_of_group in zip(reversed(groups), reversed(kept)):
+    for tokens_of_group, before_group, kept_of_group in zip(*map(reversed, (groups, before, kept))):
+        q, k, v, lam, d_output, *d_tokens = tokens_of_group
         if group is None or group.shape != q.shape:
-            group = Group(q.shape, kept_of_group[: len(d_carried)], d_carried)
+            group = Group(q.shape, before_group, d_carried)
         group.load(q, k, v, lam, *shared)
-        group.restore(*kept_of_group)
+        group.restore(before_group, *kept_of_group)
         sums = [s + d for s, d in zip(sums, group.backward(d_output, d_tokens))]
     for d, before in zip(d_state, Group.unpack(*d_carried)):
         d.copy_(before.unflatten(0, d.shape[:2]))

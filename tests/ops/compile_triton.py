@@ -125,7 +125,7 @@ def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048, K: int = 16) 
         ]
         shared = q, k, v, lam, tau, gamma, beta
         out, final, kept = forward.forward(*shared, state, GROUP, True)
-        backward.backward(*shared, kept, GROUP, out, final)
+        backward.backward(*shared, state, kept, GROUP, out, final)
     return launches
 
 

@@ -29,11 +29,13 @@ CASES = (
     "bf16 groups, a state per sequence",
     "bf16 head_dim 96",
     "bf16 head_dim 128, mini-batches of 64",
+    "a state that grows, gamma x 100",
+    "a state that grows, gamma x 1000",
 )
 
 
 # Interpreted, the wide ones take minutes.
-HERE = {"linear": (*CASES[:4], CASES[7], SHORT), "mlp": CASES[:1]}
+HERE = {"linear": (*CASES[:4], CASES[7], CASES[-1], SHORT), "mlp": CASES[:1]}
 ALL = [(kind, case) for kind in HERE for case in CASES]
 
 
@@ -66,6 +68,8 @@ def test_kernels_compute_the_naive_form(kind, case):
         pytest.skip("interpreted only: triton_cases.py says why")
     assert "failed" not in result, result
     bound = 2e-2 if case.startswith("bf16") else 1e-5
+    if "grows" in case:
+        bound = {"linear": 1e-5, "mlp": 1e-3}[kind]  # as in test_growth.py
     for name, error in result["errors"].items():
         assert error < bound, name  # NaN is not
     assert result["repeats"]

@@ -24,7 +24,7 @@ from megatron_ttt.ops.triton.scan import triton_scan
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 GROUP = 2
 SHORT = "a part of the gradients"
-CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v
+CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v, and what gamma is times
     "groups": (2, 2, 16 * 5, 16, 16, False, torch.float32),
     "ragged, a state per sequence": (2, 1, 16 * 4 + 5, 16, 16, True, torch.float32),
     "shorter than a mini-batch": (1, 2, 9, 16, 16, False, torch.float32),
@@ -35,6 +35,8 @@ CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v
     "bf16 groups, a state per sequence": (2, 1, 16 * 2 + 5, 64, 16, True, torch.bfloat16),
     "bf16 head_dim 96": (1, 1, 16 * 2 + 3, 96, 16, False, torch.bfloat16),
     "bf16 head_dim 128, mini-batches of 64": (1, 1, 64 + 1, 128, 64, False, torch.bfloat16),
+    "a state that grows, gamma x 100": (1, 2, 16 * 4 + 5, 16, 16, False, torch.float32, 100),
+    "a state that grows, gamma x 1000": (1, 2, 16 * 4 + 5, 16, 16, True, torch.float32, 1000),
 }
 # Compiled, float32 products are unrolled into single multiplications: minutes for a wide tile. The
 # widest of bfloat16 takes one, and is compiled in test_triton_compile.py.
@@ -66,9 +68,10 @@ def case(kind: str, *arguments) -> dict:
     }
 
 
-def draw(kind: str, B, H, L, F, K, per_batch, dtype) -> dict:
+def draw(kind: str, B, H, L, F, K, per_batch, dtype, times_gamma=1) -> dict:
     """Outputs and gradients for fresh random inputs, the kernels' and the naive form's."""
     tensors = inputs(kind, B, H, L, F, K, dtype=torch.float32, per_batch=per_batch)
+    tensors[5] = tensors[5].detach() * times_gamma
     ours = [
         as_the_mixer_has_them(x, dtype) if i < 3 else on_device(x, torch.float32)
         for i, x in enumerate(tensors)

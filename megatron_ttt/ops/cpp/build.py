@@ -1,7 +1,8 @@
 """Compile the C++ scan where it is first wanted, and load it.
 
 The library is kept in the user's cache folder under a name made of its source, the compiler and the
-processor that the compiler builds for, so a change of any makes another.
+processor that the compiler builds for, so a change of any makes another. What is loaded runs as
+this user, so nothing is that another could have put there.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -27,7 +29,8 @@ def library() -> ctypes.CDLL:
     """The compiled scan. The compiler is $CXX, c++ or g++.
 
     Raises:
-        CannotBuild: no compiler, or none that takes the sources, or nowhere to keep the library.
+        CannotBuild: no compiler, or none that takes the sources, or no folder of this user's to
+            keep the library in.
     """
     compiler = shlex.split(os.environ.get("CXX", ""))
     compiler = compiler or [path for path in map(shutil.which, ("c++", "g++")) if path][:1]
@@ -38,8 +41,9 @@ def library() -> ctypes.CDLL:
         target = run(*compiler, *FLAGS, "-###", "-E", "-x", "c++", os.devnull)
         sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
         key = "\0".join((target, *FLAGS, *(source.read_text() for source in sources)))
-        path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
+        folder = private(cache_folder())
+        path = folder / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not (path.is_file() and is_own(path) and is_private(path)):
             build(compiler, path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:  # of files; of a user without a home
@@ -64,12 +68,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-ttt"
 
 
+def private(folder: Path) -> Path:
+    """The folder, there now, which this user alone may write to. What lay in it while others could
+    is removed.
+
+    Raises:
+        CannotBuild: it belongs to another user.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_own(folder):
+        raise CannotBuild(
+            f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own"
+        )
+    if not is_private(folder):
+        folder.chmod(0o700)
+        for path in folder.glob("*.so"):
+            path.unlink(missing_ok=True)
+    return folder
+
+
+def is_own(path: Path) -> bool:
+    return path.stat().st_uid == os.geteuid()
+
+
+def is_private(path: Path) -> bool:
+    """Whether nobody but its owner may write to it."""
+    return not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def build(compiler: list[str], path: Path) -> None:
     """Processes that are at it together each compile their own; the last one's stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         run(*compiler, *FLAGS, "-o", str(made), str(SOURCE))
+        made.chmod(0o700)  # whatever the umask
         made.replace(path)
 
 

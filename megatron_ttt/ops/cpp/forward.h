@@ -124,12 +124,8 @@ class Forward : protected Sizes {
         }
     }
     set(r, E, J, rows(Z), keys(X).T(), rows(W));
-    for (Size t = 0; t < r; ++t) inner_gradient(t);
+    inner_gradients();
     if (M) {
-      flip(G, E, GT);
-      set(M, P, F, pairs(G1), rows(W), pairs(GT));
-      for (Size j = 0; j < M; ++j)
-        for (Size i = 0; i < P; ++i) G1[j * P + i] *= D[j * 2 * P + i];
       add(M, P, r, queries(Z1), pairs(G1), pairs(P1), -1);
       for (Size j = 0; j < M; ++j)
         for (Size i = P; i < 2 * P; i += WIDTH)
@@ -138,6 +134,16 @@ class Forward : protected Sizes {
     rates_of_output_layer();
     set(r, E, J, rows(Zbar), queries(X).T(), rows(W));
     add(r, E, r, rows(Zbar), pairs(P2).T(), rows(G), -1);
+  }
+
+  // G, of Z, and G1, of the keys' slopes D.
+  void inner_gradients() {
+    for (Size t = 0; t < r; ++t) inner_gradient(t);
+    if (!M) return;
+    flip(G, E, GT);
+    set(M, P, F, pairs(G1), rows(W), pairs(GT));
+    for (Size j = 0; j < M; ++j)
+      for (Size i = 0; i < P; ++i) G1[j * P + i] *= D[j * 2 * P + i];
   }
 
   // S2 = X Xbar^T and P2 = eta S2; TTT-Linear has them already.

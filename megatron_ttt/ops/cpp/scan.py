@@ -92,29 +92,29 @@ class Scan(torch.autograd.Function):
         given.take(STATE[-len(state) :], state)
         given.take(FINAL_STATE[-len(state) :], final_state)
         run(library().forward, given, heads)
-        ctx.save_for_backward(*inputs[:7], *kept)
-        ctx.state_shapes = [W.shape for W in state]
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.inputs = len(inputs)
         return output.to(q.dtype), *final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, *d_final_state):
         saved = ctx.saved_tensors  # once: under checkpointing it recomputes
-        inputs, kept = saved[:7], saved[7:]
-        (B, H), shapes = inputs[0].shape[:2], ctx.state_shapes
-        wide = [for_cpp(x) for x in inputs]
-        given = arguments(wide, shapes[0][-1] if len(shapes) == 4 else 0)
+        inputs, state, kept = saved[:7], saved[7 : ctx.inputs], saved[ctx.inputs :]
+        B, H = inputs[0].shape[:2]
+        wide, state = [for_cpp(x) for x in inputs], [W.contiguous() for W in state]
+        given = arguments(wide, state[0].shape[-1] if len(state) == 4 else 0)
         d_wide = [for_cpp(d_output), *(d.contiguous() for d in d_final_state)]
         d_tokens = [torch.empty_like(x) for x in wide[:4]]
         # tau, gamma and beta get theirs from each sequence, and tau from each head.
         d_shared = [x.new_empty(B, H, x.shape[-1]) for x in wide[4:]]
-        d_state = [d_output.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        d_state = [torch.empty_like(W) for W in state]
+        names, final_names = STATE[-len(state) :], FINAL_STATE[-len(state) :]
 
-        given.take(
-            ("kept", "d_output", *gradients_of(FINAL_STATE[-len(shapes) :])), [kept, *d_wide]
-        )
+        given.take(("kept", "d_output", *gradients_of(final_names)), [kept, *d_wide])
         given.take(gradients_of(INPUTS), d_tokens + d_shared)
-        given.take(gradients_of(STATE[-len(shapes) :]), d_state)
+        given.take(names, state)
+        given.take(gradients_of(names), d_state)
         run(library().backward, given, B * H)
         dtau, dgamma, dbeta = d_shared
         d_inputs = *d_tokens, dtau.sum((0, 1)), dgamma.sum(0), dbeta.sum(0)

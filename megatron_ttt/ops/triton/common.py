@@ -23,6 +23,8 @@ import triton.language as tl
 
 GROUP = 16
 """Mini-batches from one kept state to the next."""
+GROWTH = tl.constexpr(32)
+"""How much larger weights may be after a group whose steps are taken back; see ../group.py."""
 MULTIPROCESSORS = 132
 """Of an H100; an A100 has 108."""
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

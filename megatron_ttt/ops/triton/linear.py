@@ -11,6 +11,10 @@ float32's rounding, and it starts afresh from a kept state every GROUP steps. G 
 mini-batch (K = 16, F = 64, bf16); keeping every state instead would be 16.25 KiB, running groups
 again a third pass through the chain of dependent steps, which is what bounds the time.
 
+Where a group of steps made the state so much larger that its rounding would be the loss of the one
+before (GROWTH), each mini-batch's state is made again forwards from the one before the group: on
+average GROUP / 2 more products a mini-batch, but no memory, and in that group alone.
+
 Names and sizes are those of `common.py`. [P, P] and [P, 1] tiles hold W, transposed, and b.
 """
 
@@ -20,6 +24,7 @@ import triton.language as tl
 
 from megatron_ttt.ops.triton.common import (
     FMA,
+    GROWTH,
     TRITON_DTYPE,
     autotuned,
     crowded,
@@ -109,17 +114,17 @@ def linear_forward(
 @autotuned(CHOICES, key=["F", "K", "crowded"])
 @triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def linear_backward(
-    q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, G_ALF, W_ACFF, b_ACF, dout_BHLF,
+    q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, W_BHFF, b_BH1F, G_ALF, W_ACFF, b_ACF,
+    dout_BHLF,
     dq_BHLF, dk_BHLF, dv_BHLF, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, dW_AFF, db_AF,
     dW_final_AFF, db_final_AF,
     L, C, H, crowded,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, W_b, W_h, b_b, b_h, dout_b, dout_h, dout_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     F: tl.constexpr, P: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid [A]. All but q, k, v, lam, tau, gamma, beta, the forward's G, W_ACFF, b_ACF, and the
-    gradients of its outputs (dout, dW_final, db_final) is written: dtau, dgamma, dbeta as one
-    partial sum a program."""
+    """Grid [A]. From dq to db are the gradients to write, dtau, dgamma and dbeta as one partial sum
+    a program; the other arguments are the forward's and the gradients of its outputs."""
     a = tl.program_id(0).to(tl.int64)
     batch, head = a // H, a % H
     q_LF = q_BHLF + batch * q_b + head * q_h
@@ -147,11 +152,28 @@ def linear_backward(
     N = tl.cdiv(L, K)
     for c in range(C):
         kept = a * C + C - 1 - c
+        W_before, b_before = W_ACFF + (kept - 1) * F * F, b_ACF + (kept - 1) * F
+        if c == C - 1:
+            W_before = W_BHFF + batch * W_b + head * W_h
+            b_before = b_BH1F + batch * b_b + head * b_h
+        W = tl.load(W_before + W_tile, mask=in_W, other=0.0)
+        limit = GROWTH * GROWTH * tl.sum(W * W)
         W = tl.load(W_ACFF + kept * F * F + W_tile, mask=in_W, other=0.0)
         b = tl.load(b_ACF + kept * F + features, mask=real, other=0.0)
+        forwards = tl.sum(W * W) + tl.sum(b * b) > limit
         first = (C - 1 - c) * GROUP
         last = tl.minimum(first + GROUP, N) - 1
         for n in range(last, first - 1, -1):
+            if forwards:
+                W = tl.load(W_before + W_tile, mask=in_W, other=0.0)
+                b = tl.load(b_before + features, mask=real, other=0.0)
+                for m in range(first, n):
+                    tokens_m = (m * K + index.to(tl.int64))[None, :]
+                    rate_m = tau_last * tl.load(lam_L + tokens_m)
+                    x_m = load_tokens(k_LF, features, tokens_m, k_l, real)
+                    G_m = load_tokens(G_LF, features, tokens_m, F, real)
+                    W -= dot(G_m, tl.trans(rate_m * x_m), DOT)
+                    b -= tl.sum(rate_m * G_m, 1)[:, None]
             tokens = n * K + index.to(tl.int64)
             here = tokens < L
             lam = tl.load(lam_L + tokens, mask=here, other=0.0)
@@ -165,9 +187,10 @@ def linear_backward(
             tau_step = tl.where((n + 1) * K <= L, tau_last, 0.0)
             rate = (tau_step * lam)[None, :]
 
-            # The state before the mini-batch, and the output's norm.
-            W += dot(G, tl.trans(rate * x), DOT)
-            b += tl.sum(rate * G, 1)[:, None]
+            # The state before the mini-batch, if it is not there already, and the output's norm.
+            rate_back = tl.where(forwards, 0.0, rate)
+            W += dot(G, tl.trans(rate_back * x), DOT)
+            b += tl.sum(rate_back * G, 1)[:, None]
             eta = tl.where(causal, lam[:, None] * tau[None, :], 0.0)
             S = dot(tl.trans(x), q, DOT) + 1
             PS = eta * S
@@ -235,20 +258,20 @@ def forward(q, k, v, lam_AL, tau, gamma, beta, state, group, keep):
     return out, final, kept
 
 
-def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
+def backward(q, k, v, lam_AL, tau, gamma, beta, state, kept, group, dout, dfinal):
     """The gradients of q, k, v, lam, tau, gamma, beta, and of the state [B, H, ...]; those of tau,
     gamma and beta by head of each sequence."""
-    G, W, b = kept
-    (_, H, L, F), K = q.shape, len(tau)
-    A, C = W.shape[:2]
+    W, b = state
+    (B, H, L, F), K = q.shape, len(tau)
+    A, C = B * H, kept_states(L, K, group)
     tokens = [torch.empty_like(x) for x in (q, k, v)]
     shared = [new(W, A, K), new(W, A, F), new(W, A, F)]
-    state = [new(d, *d.shape) for d in dfinal]
+    d_state = [new(d, *d.shape) for d in dfinal]
     dlam = torch.empty_like(lam_AL)
     linear_backward[A,](
-        q, k, v, lam_AL, tau, gamma, beta, G, W, b, dout,
-        *tokens, dlam, *shared, *state, *dfinal, L, C, H, crowded(A),
-        *strides(q, k, v, dout, *tokens),
-        F=F, P=padded(F), K=K, GROUP=group, DOT=TRITON_DTYPE[G.dtype], **FMA,
+        q, k, v, lam_AL, tau, gamma, beta, W, b, *kept, dout,
+        *tokens, dlam, *shared, *d_state, *dfinal, L, C, H, crowded(A),
+        *strides(q, k, v), *W.stride()[:2], *b.stride()[:2], *strides(dout, *tokens),
+        F=F, P=padded(F), K=K, GROUP=group, DOT=TRITON_DTYPE[kept[0].dtype], **FMA,
     )  # fmt: skip
-    return *tokens, dlam, *shared, state
+    return *tokens, dlam, *shared, d_state

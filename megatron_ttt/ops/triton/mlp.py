@@ -79,3 +79,16 @@ def copy_state(
     for m in range(0, M, BM):
         W1, b1, W2 = load_block(W1_FM, b1_M, W2_MF, m, units, features, F, M)
         store_block(to_W1, to_b1, to_W2, W1, b1, W2, m, units, features, F, M)
+
+
+@triton.jit
+def squares(W1_FM, W2_MF, units, features, F: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """The sums of the squares of W1 and of W2."""
+    of_W1, of_W2 = 0.0, 0.0
+    for m in range(0, M, BM):
+        here = m + units < M
+        W1 = tl.load(W1_FM + features * M + m + units, mask=here & (features < F), other=0.0)
+        of_W1 += tl.sum(W1 * W1)
+        W2 = load_out(W2_MF, m, units, features, F, M)
+        of_W2 += tl.sum(W2 * W2)
+    return of_W1, of_W2

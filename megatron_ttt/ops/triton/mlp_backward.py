@@ -6,6 +6,7 @@ import triton.language as tl
 
 from megatron_ttt.ops.triton.common import (
     FMA,
+    GROWTH,
     TRITON_DTYPE,
     autotuned,
     crowded,
@@ -21,17 +22,53 @@ from megatron_ttt.ops.triton.common import (
     strides,
 )
 from megatron_ttt.ops.triton.gelu import gelu_derivative, gelu_gate, gelu_second_derivative
-from megatron_ttt.ops.triton.mlp import copy_state, load_in, load_out, store_in, store_out
+from megatron_ttt.ops.triton.mlp import (
+    copy_state,
+    load_block,
+    load_in,
+    load_out,
+    squares,
+    store_block,
+    store_in,
+    store_out,
+)
 
 CHOICES = [{"num_warps": 4}, {"num_warps": 8}]
 TILES = 64 * 64 * 64
 """K * P * BM, at most: of what passes through shared memory an H100's 227 KiB hold no more."""
 
 
+@triton.jit(noinline=True)
+def steps_again(
+    W1_FM, b1_M, W2_MF, W1_before, b1_before, W2_before,
+    k_LF, k_l, lam_L, tau_last, X2_LM, G1_LM, G2_LF, first, n,
+    F: tl.constexpr, P: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    DOT: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The state before mini-batch n, from the one before mini-batch `first`. Not inlined: for this
+    rare case the kernel would spill more registers in all."""
+    index, features, units = tl.arange(0, K), tl.arange(0, P)[:, None], tl.arange(0, BM)[:, None]
+    row_features = tl.arange(0, P)[None, :]
+    for m in range(0, M, BM):
+        W1, b1, W2 = load_block(W1_before, b1_before, W2_before, m, units, row_features, F, M)
+        here = m + units < M
+        for i in range(first, n):
+            tokens = (i * K + index.to(tl.int64))[None, :]
+            rate = tau_last * tl.load(lam_L + tokens)
+            x = load_tokens(k_LF, features, tokens, k_l, features < F)
+            G1 = load_tokens(G1_LM, m + units, tokens, M, here)
+            W1 -= dot(G1, tl.trans(rate * x), DOT)
+            b1 -= tl.sum(rate * G1, 1)[:, None]
+            X2 = load_tokens(X2_LM, m + units, tokens, M, here)
+            G2 = load_tokens(G2_LF, features, tokens, F, features < F)
+            W2 -= dot(rate * X2, tl.trans(G2), DOT)
+        store_block(W1_FM, b1_M, W2_MF, W1, b1, W2, m, units, row_features, F, M)
+
+
 @autotuned(CHOICES, key=["F", "M", "K", "crowded"])
 @triton.jit(do_not_specialize=["L", "C", "H", "crowded"])
 def mlp_backward(
-    q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF,
+    q_BHLF, k_BHLF, v_BHLF, lam_AL, tau_K, gamma_HF, beta_HF, W1_BHFM, b1_BH1M, W2_BHMF,
     X2_ALM, G1_ALM, G2_ALF, Z2_ALF, Zbar_ALF, S2_ALK, W1_ACFM, b1_ACM, W2_ACMF, b2_ACF, dout_BHLF,
     dq_BHLF, dk_BHLF, dv_BHLF, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF,
     dW1_AFM, db1_AM, dW2_AMF, db2_AF,
@@ -39,7 +76,7 @@ def mlp_backward(
     W1_AFM, b1_AM, W2_AMF, dX2_AMK, dZ1_AMK, slope_AMK,
     L, C, H, crowded,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l,
-    dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
+    dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, W1_b, W1_h, b1_b, b1_h, W2_b, W2_h,
     F: tl.constexpr, P: tl.constexpr, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     DOT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -80,14 +117,28 @@ def mlp_backward(
     N = tl.cdiv(L, K)
     for c in range(C):
         kept = a * C + C - 1 - c
-        copy_state(
-            W1_FM, b1_M, W2_MF, W1_ACFM + kept * F * M, b1_ACM + kept * M, W2_ACMF + kept * M * F,
-            units, row_features, F, M, BM,
-        )  # fmt: skip
+        W1_after, b1_after = W1_ACFM + kept * F * M, b1_ACM + kept * M
+        W2_after = W2_ACMF + kept * M * F
+        copy_state(W1_FM, b1_M, W2_MF, W1_after, b1_after, W2_after, units, row_features, F, M, BM)
         tl.debug_barrier()
+        W1_before, b1_before, W2_before = W1_after - F * M, b1_after - M, W2_after - M * F
+        if c == C - 1:
+            W1_before = W1_BHFM + batch * W1_b + head * W1_h
+            b1_before = b1_BH1M + batch * b1_b + head * b1_h
+            W2_before = W2_BHMF + batch * W2_b + head * W2_h
+        in_before, out_before = squares(W1_before, W2_before, units, row_features, F, M, BM)
+        in_after, out_after = squares(W1_after, W2_after, units, row_features, F, M, BM)
+        limit = GROWTH * GROWTH
+        forwards = (in_after > limit * in_before) | (out_after > limit * out_before)
         first = (C - 1 - c) * GROUP
         last = tl.minimum(first + GROUP, N) - 1
         for n in range(last, first - 1, -1):
+            if forwards:
+                steps_again(
+                    W1_FM, b1_M, W2_MF, W1_before, b1_before, W2_before,
+                    k_LF, k_l, lam_L, tau_last, X2_LM, G1_LM, G2_LF, first, n, F, P, M, K, DOT, BM,
+                )  # fmt: skip
+                tl.debug_barrier()
             tokens = n * K + index.to(tl.int64)
             here = tokens < L
             lam = tl.load(lam_L + tokens, mask=here, other=0.0)
@@ -101,6 +152,7 @@ def mlp_backward(
             S2 = load_tokens(S2_LK, index[:, None], tokens, K, here)
             tau_step = tl.where((n + 1) * K <= L, tau_last, 0.0)
             rate = (tau_step * lam)[None, :]
+            rate_back = tl.where(forwards, 0.0, rate)
             eta = tl.where(causal, lam[:, None] * tau[None, :], 0.0)
             S1 = dot(tl.trans(x), q, DOT) + 1
             PS1 = eta * S1
@@ -115,7 +167,7 @@ def mlp_backward(
             dS2 = dP2 * eta
             dG2 = -dot(dZbar, tl.trans(eta * S2), DOT)
 
-            # M2 to M5, over the hidden units; the state steps back.
+            # M2 to M5, over the hidden units; the state steps back, if it is not there already.
             dP1 = tl.zeros((K, K), tl.float32)
             YG = tl.zeros((K,), tl.float32)
             dq, dx = dout, tl.zeros((P, K), tl.float32)
@@ -135,11 +187,11 @@ def mlp_backward(
                 Y2 += dot(tl.trans(dW2), X2, DOT)
 
                 W1, b1 = load_in(W1_FM, b1_M, m, units, row_features, F, M)
-                W1 += dot(G1, tl.trans(rate * x), DOT)
-                b1 += tl.sum(rate * G1, 1)[:, None]
+                W1 += dot(G1, tl.trans(rate_back * x), DOT)
+                b1 += tl.sum(rate_back * G1, 1)[:, None]
                 store_in(W1_FM, b1_M, W1, b1, m, units, row_features, F, M)
                 W2 = load_out(W2_MF, m, units, row_features, F, M)
-                W2 += dot(rate * X2, tl.trans(G2), DOT)
+                W2 += dot(rate_back * X2, tl.trans(G2), DOT)
                 store_out(W2_MF, W2, m, units, row_features, F, M)
 
                 Z1bar = dot(W1, q, DOT) + b1 - dot(G1, PS1, DOT)
@@ -227,21 +279,21 @@ def mlp_backward(
     tl.store(dbeta_AF + a * F + features, dbeta, mask=real)
 
 
-def backward(q, k, v, lam_AL, tau, gamma, beta, kept, group, dout, dfinal):
+def backward(q, k, v, lam_AL, tau, gamma, beta, state, kept, group, dout, dfinal):
     """The gradients of q, k, v, lam, tau, gamma, beta, and of the state [B, H, ...]; those of tau,
     gamma and beta by head of each sequence."""
     (B, H, L, F), K = q.shape, len(tau)
     A, C, M = B * H, kept_states(L, K, group), kept[0].shape[-1]
     tokens = [torch.empty_like(x) for x in (q, k, v)]
     shared = [new(tau, A, K), new(tau, A, F), new(tau, A, F)]
-    state = [new(d, *d.shape) for d in dfinal]
+    d_state = [new(d, *d.shape) for d in dfinal]
     work = [new(d, *d.shape) for d in dfinal[:3]] + [new(tau, A, M, K) for _ in range(3)]
     dlam = torch.empty_like(lam_AL)
     mlp_backward[A,](
-        q, k, v, lam_AL, tau, gamma, beta, *kept, dout,
-        *tokens, dlam, *shared, *state, *dfinal, *work, L, C, H, crowded(A),
-        *strides(q, k, v, dout, *tokens),
+        q, k, v, lam_AL, tau, gamma, beta, *state[:3], *kept, dout,
+        *tokens, dlam, *shared, *d_state, *dfinal, *work, L, C, H, crowded(A),
+        *strides(q, k, v, dout, *tokens), *(stride for W in state[:3] for stride in W.stride()[:2]),
         F=F, P=padded(F), M=M, K=K, GROUP=group, DOT=TRITON_DTYPE[kept[0].dtype],
         BM=min(TILES // (K * padded(F)), 64), **FMA,
     )  # fmt: skip
-    return *tokens, dlam, *shared, state
+    return *tokens, dlam, *shared, d_state

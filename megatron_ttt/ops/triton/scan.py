@@ -19,7 +19,7 @@ HEAD_DIM = range(16, 129)
 MINI_BATCH = (16, 32, 64)
 _SIZES = (16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128)
 SHARED_KIB = {
-    ("linear", torch.bfloat16): dict(zip(_SIZES, (16, 20, 32, 44, 56, 80))),
+    ("linear", torch.bfloat16): dict(zip(_SIZES, (16, 20, 32, 64, 64, 80))),
     ("linear", torch.float32): dict(zip(_SIZES, (35, 57, 112, 99, 137, 226))),
     ("mlp", torch.bfloat16): dict(zip(_SIZES, (44, 64, 112, 74, 104, 152))),
     ("mlp", torch.float32): dict(zip(_SIZES, (62, 96, 176, 110, 160, 216))),
@@ -83,8 +83,8 @@ class Scan(torch.autograd.Function):
                 q, k, v, lam.flatten(0, 1), tau, gamma, beta, state, group, keep
             )
         if keep:
-            ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *kept)
-        ctx.state_shapes = [W.shape for W in final_state]
+            ctx.save_for_backward(q, k, v, lam, tau, gamma, beta, *state, *kept)
+        ctx.state_tensors = len(state)
         ctx.set_materialize_grads(False)
         return output, *final_state
 
@@ -92,15 +92,16 @@ class Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_output, *d_final_state):
         q, k, v, lam, tau, gamma, beta, *kept = ctx.saved_tensors
+        state, kept = kept[: ctx.state_tensors], kept[ctx.state_tensors :]
         B, H = q.shape[:2]
         d_output = torch.zeros_like(q) if d_output is None else with_adjacent_features(d_output)
         d_final_state = [
-            lam.new_zeros(shape) if d is None else d.contiguous()
-            for d, shape in zip(d_final_state, ctx.state_shapes)
+            lam.new_zeros(W.shape) if d is None else d.contiguous()
+            for d, W in zip(d_final_state, state)
         ]
         with torch.cuda.device_of(q):
             *d_tokens, dlam_AL, dtau_AK, dgamma_AF, dbeta_AF, d_state = ctx.kernel(
-                q, k, v, lam.flatten(0, 1), tau, gamma, beta, kept, ctx.group,
+                q, k, v, lam.flatten(0, 1), tau, gamma, beta, state, kept, ctx.group,
                 d_output, d_final_state,
             )  # fmt: skip
         shared = (
