@@ -6,11 +6,8 @@ command goes on where an earlier one stopped, whatever stopped it.
 
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from megatron_ttt.data.merge import merge_tasks, planned_outputs
 from megatron_ttt.data.partial_file import refuse_existing
 from megatron_ttt.data.progress import Progress
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.signals import stop_on_signals
 from megatron_ttt.data.source import find_shards
 from megatron_ttt.data.tasks import shard_items, write_tasks
 from megatron_ttt.data.tokenizer import default_backend
@@ -41,6 +39,7 @@ class Summary:
     skipped_shards: int
 
 
+@stop_on_signals()
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -88,7 +87,7 @@ def preprocess(
     plan = Plan(options.fingerprint(encoder.tokenizer), tuple(shards), options.tokenizer_model)
     workspace = Workspace(os.path.abspath(output_prefix))
     part = f"{array[0]}-of-{array[1]}" if array else ""
-    with _stop_on_signals(), workspace.locked(part):
+    with workspace.locked(part):
         with workspace.planning():
             final = _begin(workspace, plan, overwrite, array is not None)
         if final is not None:
@@ -122,6 +121,7 @@ def preprocess(
             progress.close()
 
 
+@stop_on_signals()
 def merge(output_prefix: str, on_error: str = "fail") -> Summary:
     """Publish the datasets of a run whose parts (`array`) are all done.
 
@@ -131,7 +131,7 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
     nothing = UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
     if not workspace.folder.is_dir() and workspace.load_final() is None:
         raise nothing
-    with _stop_on_signals(), workspace.locked():
+    with workspace.locked():
         plan, final = workspace.load_plan(), workspace.load_final()
         if plan is not None:
             final = merge_tasks(workspace, plan, on_error)
@@ -210,34 +210,3 @@ def _summary(final: dict) -> Summary:
         malformed_lines=totals["malformed"],
         skipped_shards=totals["skipped_shards"],
     )
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """End the work in an orderly way on SIGINT and SIGTERM: what is published stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    number = signal.SIGINT
-
-    def stop(received: int, _frame: object) -> None:
-        nonlocal number
-        number = received
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        # Native code that is waiting (Ray's) knows this exception, and raises one of its own.
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(
-            f"stopped by {signal.Signals(number).name}; the same command goes on from here",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + number) from None
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
