@@ -70,7 +70,7 @@ def build_command(arguments: list[str]) -> None:
     add("--workers", type=int, default=available_cpus(), help="processes; default: all cores")
     add("--engine", choices=ENGINES, default="local", help="ray: the cluster at RAY_ADDRESS")
     add("--array", metavar="I/N", help="do the I-th (from 0) of N ranges of shards; then: merge")
-    add("--overwrite", action="store_true", help="replace existing output")
+    add("--overwrite", action="store_true", help="replace existing output, at the end")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}; give at least 1")

@@ -1,6 +1,5 @@
 """A finished build: its manifest, its datasets and the tokenizer it was made with."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +39,14 @@ def open_run(output_prefix: str) -> tuple[dict, list[Dataset]]:
 
     Raises `UserError` where the build is not complete, or a file is missing or of another size.
     """
-    prefix = os.path.abspath(output_prefix)
-    workspace = Workspace(prefix)
+    workspace = Workspace(output_prefix)
     final = workspace.load_final()
     if final is None:
         hint = "the build has not ended" if workspace.folder.is_dir() else "run the build first"
         raise UserError(f"{workspace.final_manifest} not found: {hint}")
     datasets = []
     for name, entry in final["outputs"].items():
-        path = str(Path(prefix).with_name(name))
+        path = str(Path(workspace.output_prefix).with_name(name))
         check_indexed(path)
         index = Index(path)
         datasets.append(Dataset(path, index, np.memmap(bin_path(path), index.dtype, "r"), entry))

@@ -17,11 +17,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from megatron_ttt.data.encoder import EncodedBlock, Encoder, Options, encode_here
-from megatron_ttt.data.reader import Block
+from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES, Block
 from megatron_ttt.errors import UserError
 
 _BLOCKS_PER_WORKER = 8
 """Blocks that wait for a worker or come from it: about 4 MB for each worker."""
+_BYTES_PER_WORKER = MAX_DOCUMENT_BYTES
+"""The same where documents are very long."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,15 +36,22 @@ def encode_in_order(blocks: Iterable, encoder: Encoder, workers: int) -> Iterato
         yield from encode_here(blocks, encoder)
         return
     pool = _Pool()
-    pending: deque[Any] = deque()
+    pending: deque[tuple[Any, int]] = deque()
+    waiting = 0
     try:
         pool.start(encoder.options, workers)
         for item in blocks:
-            pending.append(pool.submit(item) if isinstance(item, Block) else item)
-            if len(pending) >= _BLOCKS_PER_WORKER * workers:
-                yield _result(pending.popleft())
+            size = len(item.content) if isinstance(item, Block) else 0
+            pending.append((pool.submit(item) if isinstance(item, Block) else item, size))
+            waiting += size
+            while len(pending) >= _BLOCKS_PER_WORKER * workers or (
+                waiting > _BYTES_PER_WORKER * workers
+            ):
+                done, size = pending.popleft()
+                waiting -= size
+                yield _result(done)
         while pending:
-            yield _result(pending.popleft())
+            yield _result(pending.popleft()[0])
     finally:
         pool.close()
 

@@ -22,11 +22,14 @@ from pathlib import Path
 
 from megatron_ttt.data.indexed import bin_path, idx_path
 from megatron_ttt.data.manifests import FINAL, PLAN, TASK, fault
-from megatron_ttt.data.partial_file import own_suffix, publish_bytes, remove_partials
+from megatron_ttt.data.partial_file import own_suffix, publish_bytes, refuse_folder, remove_partials
 from megatron_ttt.data.source import Shard
 from megatron_ttt.errors import UserError
 
 VERSION = 1
+_NAME_BYTES = 100
+"""Of a shard's name, in the names of its task's files: with all that is added they stay below the
+255 bytes that file systems allow."""
 
 
 def stream_name(split: str, key: str) -> str:
@@ -59,13 +62,18 @@ class Workspace:
     """The files of one output prefix."""
 
     def __init__(self, output_prefix: str) -> None:
+        refuse_folder(output_prefix)
+        output_prefix = os.path.abspath(output_prefix)
         self.output_prefix = output_prefix
         self.folder = Path(f"{output_prefix}.tasks")
         self.final_manifest = Path(f"{output_prefix}.manifest.json")
         self._plan = self.folder / "plan.json"
 
     def task_name(self, shard: Shard) -> str:
-        return f"{shard.name}-{sha256(shard.url.encode()).hexdigest()[:8]}"
+        digest, name = sha256(shard.url.encode()).hexdigest(), shard.name.encode()
+        if len(name) <= _NAME_BYTES:
+            return f"{shard.name}-{digest[:8]}"
+        return f"{name[:_NAME_BYTES].decode(errors='ignore')}-{digest[:32]}"
 
     def part_prefix(self, shard: Shard, stream: str) -> Path:
         return self.folder / f"{self.task_name(shard)}_{stream}"
