@@ -76,7 +76,7 @@ class _Pool:
         # Not fork: a worker would inherit the lock of the output, and hold it beyond a killed
         # parent.
         context = multiprocessing.get_context("spawn")
-        # It would unblock the signals.
+        # Started by the first process, it would unblock the signals.
         resource_tracker.ensure_running()
         # Ctrl-C, and Slurm's SIGTERM, reach every process; the parent answers them and ends the
         # pool. Workers have both blocked from their first instruction on.

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 10.0
@@ -32,13 +33,13 @@ def stop_on_signals() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    timer = threading.Timer(_GRACE_SECONDS, lambda: _exit(received[0]))
-    timer.daemon = True
+    told: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_exit_in_the_end, args=(told,), daemon=True).start()
 
     def stop(number: int, _frame: object) -> None:
         if not received:
             received.append(number)
-            timer.start()
+            told.put(number)
             # Native code that is waiting (Ray's) knows this exception, and raises one of its own.
             raise KeyboardInterrupt
 
@@ -52,20 +53,27 @@ def stop_on_signals() -> Iterator[None]:
             for each, handler in before.items():
                 signal.signal(each, handler)
     except KeyboardInterrupt:
-        _say(received[0])
-        raise SystemExit(128 + received[0]) from None
+        number = received[0] if received else signal.SIGINT
+        _say(number)
+        raise SystemExit(128 + number) from None
     finally:
-        timer.cancel()
+        told.put(0)
+
+
+def _exit_in_the_end(told: SimpleQueue) -> None:
+    """Wait for the number of a signal, or 0 for the end of the work; give the first one time."""
+    if number := told.get():
+        try:
+            told.get(timeout=_GRACE_SECONDS)
+        except Empty:
+            _exit(number)
 
 
 def _say(number: int) -> None:
     # Not print(), which may be at work when a signal comes.
+    message = f"stopped by {signal.Signals(number).name}; the same command goes on from here\n"
     with suppress(OSError):
-        os.write(
-            2,
-            f"stopped by {signal.Signals(number).name}; the same command goes on from "
-            "here\n".encode(),
-        )
+        os.write(2, message.encode())
 
 
 def _exit(number: int) -> None:

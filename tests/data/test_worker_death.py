@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from data_helpers import make_texts, write_shard
@@ -56,6 +58,27 @@ def test_a_mistake_that_a_worker_meets_reaches_the_user(tokenizer, blocks, tmp_p
     model.unlink()
     with pytest.raises(UserError, match="cannot read the tokenizer model"):
         list(encode_in_order(blocks, encoder, 2))
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_loses_the_interrupt_ends_all_the_same():
+    """Python drops an exception that is raised in a destructor."""
+    program = """if True:
+        import signal, time
+        from megatron_ttt.data import signals
+
+        class Loses:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        signals._GRACE_SECONDS = 0.2
+        with signals.stop_on_signals():
+            Loses()
+            time.sleep(100)
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 128 + signal.SIGINT
+    assert result.stderr.endswith("stopped by SIGINT; the same command goes on from here\n")
 
 
 @pytest.mark.kills
