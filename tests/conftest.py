@@ -14,6 +14,7 @@ MARKERS = {
     "kills": "processes that are killed or interrupted at many random moments",
     "disk": "disks that fill up, are slow or read-only",
     "memory": "measured peaks of memory against what is estimated",
+    "speed": "measured times against each other",
     "nodes": "two nodes in network namespaces; needs root and iproute2",
     "slurm": "a real Slurm controller on this machine",
     "versions": "other versions of what the project builds on",

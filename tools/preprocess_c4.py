@@ -16,23 +16,21 @@ import argparse
 import signal
 import sys
 
-from megatron_ttt.data.inspection import peek, stats
-from megatron_ttt.data.local_engine import available_cpus
-from megatron_ttt.data.preprocess import ENGINES, SPLITS, merge, preprocess
-from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
-from megatron_ttt.data.tasks import ON_ERROR
-from megatron_ttt.data.tokenizer import BACKENDS
-from megatron_ttt.data.verification import verify
+from megatron_ttt.data.signals import exit_on_signals
 from megatron_ttt.errors import UserError, run_command
+
+# What takes a second to import is imported by those who need it, once Ctrl-C ends in one line.
 
 
 def main() -> None:
+    exit_on_signals()
     verbs = {"verify": verify_command, "stats": stats_command, "peek": peek_command}
     verbs["merge"] = merge_command
     if len(sys.argv) > 1 and sys.argv[1] in verbs:
         parser = argparse.ArgumentParser(prog=f"preprocess_c4.py {sys.argv[1]}")
-        # `peek ... | head` ends quietly.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        # `peek ... | head` ends quietly, and so does Ctrl-C where nothing is written.
+        for number in (signal.SIGPIPE, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         parser.add_argument("--output-prefix", required=True, help="as it was given to the build")
         verbs[sys.argv[1]](parser, sys.argv[2:])
     else:
@@ -41,6 +39,12 @@ def main() -> None:
 
 def build_command(arguments: list[str]) -> None:
     """No verb."""
+    from megatron_ttt.data.local_engine import available_cpus
+    from megatron_ttt.data.preprocess import ENGINES, SPLITS, preprocess
+    from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+    from megatron_ttt.data.tasks import ON_ERROR
+    from megatron_ttt.data.tokenizer import BACKENDS
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +70,7 @@ def build_command(arguments: list[str]) -> None:
     add("--workers", type=int, default=available_cpus(), help="processes; default: all cores")
     add("--engine", choices=ENGINES, default="local", help="ray: the cluster at RAY_ADDRESS")
     add("--array", metavar="I/N", help="do the I-th (from 0) of N ranges of shards; then: merge")
-    add("--overwrite", action="store_true", help="replace existing output")
+    add("--overwrite", action="store_true", help="replace existing output, at the end")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}; give at least 1")
@@ -101,6 +105,8 @@ def _array(value: str | None) -> tuple[int, int] | None:
 
 
 def verify_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    from megatron_ttt.data.verification import verify
+
     parser.add_argument("--tokenizer-model", help="default: the one of the build")
     parser.add_argument("--samples", type=int, default=64, help="documents held against the source")
     args = parser.parse_args(arguments)
@@ -109,12 +115,16 @@ def verify_command(parser: argparse.ArgumentParser, arguments: list[str]) -> Non
 
 
 def stats_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    from megatron_ttt.data.inspection import stats
+
     parser.add_argument("--plot", metavar="FILE.png", help="histograms of the lengths")
     args = parser.parse_args(arguments)
     print(stats(args.output_prefix, args.plot))
 
 
 def peek_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    from megatron_ttt.data.inspection import peek
+
     parser.add_argument("--tokenizer-model", help="default: the one of the build")
     parser.add_argument("--first", type=int, default=0, help="number of the first document, from 0")
     parser.add_argument("--documents", type=int, default=3, help="how many; default: 3")
@@ -124,6 +134,9 @@ def peek_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def merge_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    from megatron_ttt.data.preprocess import merge
+    from megatron_ttt.data.tasks import ON_ERROR
+
     parser.add_argument("--on-error", choices=ON_ERROR, default="fail", help="accept what skipped")
     args = parser.parse_args(arguments)
     merge(args.output_prefix, args.on_error)

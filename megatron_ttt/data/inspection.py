@@ -1,77 +1,23 @@
 """Looking at finished datasets: what they are made of, how long their documents are, their text."""
 
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ttt.data.indexed import Index, bin_path, check_indexed
-from megatron_ttt.data.provenance import check_control_ids
-from megatron_ttt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.data.build import open_run, run_tokenizer
+from megatron_ttt.data.indexed import check_ids
+from megatron_ttt.data.verification import check_index
 from megatron_ttt.errors import UserError
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A pair: its index and its tokens, both mapped, and what its manifest says of it."""
-
-    prefix: str
-    index: Index
-    tokens: np.ndarray
-    entry: dict
-
-    @property
-    def documents(self) -> int:
-        return len(self.index.documents) - 1
-
-    def document(self, number: int) -> np.ndarray:
-        """The token ids of a document; none for an empty one."""
-        first, end = (int(i) for i in self.index.documents[number : number + 2])
-        if first == end:
-            return self.tokens[:0]
-        start = int(self.index.offsets[first]) // self.index.dtype.itemsize
-        return self.tokens[start : start + int(self.index.lengths[first:end].sum())]
-
-
-def open_run(output_prefix: str) -> tuple[dict, list[Dataset]]:
-    """The final manifest of a build, and its datasets.
-
-    Raises `UserError` where the build is not complete, or a file is missing or of another size.
-    """
-    prefix = os.path.abspath(output_prefix)
-    workspace = Workspace(prefix)
-    final = workspace.load_final()
-    if final is None:
-        hint = "the build has not ended" if workspace.folder.is_dir() else "run the build first"
-        raise UserError(f"{workspace.final_manifest} not found: {hint}")
-    datasets = []
-    for name, entry in final["outputs"].items():
-        path = str(Path(prefix).with_name(name))
-        check_indexed(path)
-        index = Index(path)
-        datasets.append(Dataset(path, index, np.memmap(bin_path(path), index.dtype, "r"), entry))
-    return final, datasets
-
-
-def run_tokenizer(final: dict, tokenizer_model: str | None) -> Tokenizer:
-    """The tokenizer a build was made with. Raises `UserError` for another one."""
-    path = tokenizer_model or final["tokenizer_model"]
-    tokenizer = load_tokenizer(path, final["options"]["backend"])
-    if tokenizer.sha256 != final["options"]["tokenizer"]:
-        raise UserError(f"{path} is not the tokenizer of the build; name it: --tokenizer-model")
-    check_control_ids(tokenizer, final)
-    return tokenizer
 
 
 def stats(output_prefix: str, plot: str | None = None) -> str:
     """Documents, tokens and lengths of every dataset, as JSON; `plot` names a PNG to draw.
 
-    The quantiles are exact; memory grows with the longest document, not with their number.
+    Raises `UserError` for an index that is not sound. The quantiles are exact; memory grows with
+    the longest document, not with their number.
     """
     final, datasets = open_run(output_prefix)
     totals = final["totals"]
@@ -85,6 +31,7 @@ def stats(output_prefix: str, plot: str | None = None) -> str:
     }
     histograms = {}
     for dataset in datasets:
+        check_index(dataset)
         counts = np.zeros(1, np.int64)
         for lengths in dataset.index.tokens_per_document():
             chunk = np.bincount(lengths, minlength=len(counts))
@@ -145,7 +92,10 @@ def _draw(histograms: dict[str, np.ndarray], plot: str) -> None:
 def peek(
     output_prefix: str, tokenizer_model: str | None = None, first: int = 0, count: int = 3
 ) -> Iterator[str]:
-    """Some documents of every dataset, decoded, each under a line that says what it is."""
+    """Some documents of every dataset, decoded, each under a line that says what it is.
+
+    Raises `UserError` for an index that is not sound, and for ids outside the vocabulary.
+    """
     final, datasets = open_run(output_prefix)
     tokenizer = run_tokenizer(final, tokenizer_model)
     longest = max(datasets, key=lambda dataset: dataset.documents)
@@ -154,10 +104,14 @@ def peek(
             f"--first is {first}; {longest.prefix} has documents 0..{longest.documents - 1}"
         )
     for dataset in datasets:
+        check_index(dataset)
+    for dataset in datasets:
         documents = dataset.documents
         if first >= documents:
             yield f"--- {Path(dataset.prefix).name}: no document {first}, it has {documents}"
         for number in range(first, min(first + count, documents)):
             ids = dataset.document(number)
+            if len(ids):
+                check_ids(dataset.prefix, ids, tokenizer.vocab_size)
             yield f"--- {Path(dataset.prefix).name}: document {number}, {len(ids)} tokens"
             yield tokenizer.decode(ids.tolist())

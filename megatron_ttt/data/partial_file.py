@@ -81,3 +81,12 @@ def refuse_existing(paths: list[Path], overwrite: bool) -> None:
     for path in paths:
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists; choose another --output-prefix or give --overwrite")
+
+
+def refuse_folder(output_prefix: str) -> None:
+    """Raise `UserError` for a prefix without a name: its files would be named after the folder."""
+    if os.path.basename(output_prefix) in ("", os.curdir, os.pardir):
+        raise UserError(
+            f"--output-prefix {output_prefix!r} names a folder; add the name that its files begin "
+            "with, as in data/c4"
+        )

@@ -6,11 +6,8 @@ command goes on where an earlier one stopped, whatever stopped it.
 
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from megatron_ttt.data.merge import merge_tasks, planned_outputs
 from megatron_ttt.data.partial_file import refuse_existing
 from megatron_ttt.data.progress import Progress
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.signals import stop_on_signals
 from megatron_ttt.data.source import find_shards
 from megatron_ttt.data.tasks import shard_items, write_tasks
 from megatron_ttt.data.tokenizer import default_backend
@@ -41,6 +39,7 @@ class Summary:
     skipped_shards: int
 
 
+@stop_on_signals()
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -86,14 +85,16 @@ def preprocess(
     encoder = Encoder(options)
     shards = find_shards(inputs)
     plan = Plan(options.fingerprint(encoder.tokenizer), tuple(shards), options.tokenizer_model)
-    workspace = Workspace(os.path.abspath(output_prefix))
+    workspace = Workspace(output_prefix)
+    # Without the lock first: a finished run may lie where nothing can be written any more.
+    if (final := _finished(workspace, plan, overwrite)) is not None:
+        return _nothing_to_do(output_prefix, final)
     part = f"{array[0]}-of-{array[1]}" if array else ""
-    with _stop_on_signals(), workspace.locked(part):
+    with workspace.locked(part):
         with workspace.planning():
             final = _begin(workspace, plan, overwrite, array is not None)
         if final is not None:
-            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
-            return _summary(final)
+            return _nothing_to_do(output_prefix, final)
         if array:
             index, count = array
             shards = shards[index * len(shards) // count : (index + 1) * len(shards) // count]
@@ -122,25 +123,24 @@ def preprocess(
             progress.close()
 
 
+@stop_on_signals()
 def merge(output_prefix: str, on_error: str = "fail") -> Summary:
     """Publish the datasets of a run whose parts (`array`) are all done.
 
     Raises `UserError` where a shard is missing, and with `on_error` "fail" where one was skipped.
     """
-    workspace = Workspace(os.path.abspath(output_prefix))
-    nothing = UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
-    if not workspace.folder.is_dir() and workspace.load_final() is None:
-        raise nothing
-    with _stop_on_signals(), workspace.locked():
-        plan, final = workspace.load_plan(), workspace.load_final()
-        if plan is not None:
-            final = merge_tasks(workspace, plan, on_error)
-            print(_published(final), file=sys.stderr)
-        elif final is not None:
-            print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
-        else:
-            raise nothing
-        return _summary(final)
+    workspace = Workspace(output_prefix)
+    if workspace.folder.is_dir():
+        with workspace.locked():
+            plan = workspace.load_plan()
+            if plan is not None:
+                final = merge_tasks(workspace, plan, on_error)
+                print(_published(final), file=sys.stderr)
+                return _summary(final)
+    final = workspace.load_final()
+    if final is None:
+        raise UserError(f"{workspace.folder} holds no plan; run the parts of the build first")
+    return _nothing_to_do(output_prefix, final)
 
 
 def _check(options: Options, array: tuple[int, int] | None, overwrite: bool) -> None:
@@ -161,27 +161,41 @@ def _check(options: Options, array: tuple[int, int] | None, overwrite: bool) -> 
         raise UserError("--array does not go with --overwrite; remove the old output first")
 
 
+def _finished(workspace: Workspace, plan: Plan, overwrite: bool) -> dict | None:
+    """The final manifest where all of the plan is done already.
+
+    Raises `UserError` where something else is.
+    """
+    final = workspace.load_final()
+    if final is None or overwrite or workspace.load_plan() is not None:
+        return None
+    refuse_other_options(workspace.output_prefix, final["options"], plan.options)
+    made_from = [(s["url"], s["listed_size"], s["modified"]) for s in final["shards"]]
+    if made_from != [(shard.url, shard.size, shard.modified) for shard in plan.shards]:
+        raise UserError(
+            f"{workspace.output_prefix} was made from other shards, or they have changed; "
+            "choose another --output-prefix or give --overwrite"
+        )
+    return final if all(path.exists() for path in _files(workspace, plan)) else None
+
+
+def _files(workspace: Workspace, plan: Plan) -> list[Path]:
+    outputs = planned_outputs(workspace.output_prefix, plan)
+    return [path for output in outputs for path in output.files]
+
+
 def _begin(workspace: Workspace, plan: Plan, overwrite: bool, array: bool) -> dict | None:
     """Make the folder ready for the plan; the final manifest where all of it is done already."""
-    outputs = planned_outputs(workspace.output_prefix, plan)
-    files = [path for output in outputs for path in output.files]
-    before, final = workspace.load_plan(), workspace.load_final()
-    if before is None and final is not None and not overwrite:
-        refuse_other_options(workspace.output_prefix, final["options"], plan.options)
-        made_from = [(s["url"], s["listed_size"], s["modified"]) for s in final["shards"]]
-        if made_from != [(shard.url, shard.size, shard.modified) for shard in plan.shards]:
-            raise UserError(
-                f"{workspace.output_prefix} was made from other shards, or they have changed; "
-                "choose another --output-prefix or give --overwrite"
-            )
-        if all(path.exists() for path in files):
-            return final
+    files = _files(workspace, plan)
+    if (final := _finished(workspace, plan, overwrite)) is not None:
+        return final
+    before = workspace.load_plan()
     if before is not None and before.options != plan.options:
         if not overwrite:
             refuse_other_options(workspace.output_prefix, before.options, plan.options)
         before = None
     if before is None:
-        refuse_existing(files, overwrite or final is not None)
+        refuse_existing(files, overwrite or workspace.load_final() is not None)
         workspace.clear()
         workspace.save_plan(plan)
     elif before.shards != plan.shards:
@@ -192,6 +206,11 @@ def _begin(workspace: Workspace, plan: Plan, overwrite: bool, array: bool) -> di
             )
         workspace.save_plan(plan)
     return None
+
+
+def _nothing_to_do(output_prefix: str, final: dict) -> Summary:
+    print(f"{output_prefix} is complete: nothing to do", file=sys.stderr)
+    return _summary(final)
 
 
 def _published(final: dict) -> str:
@@ -210,34 +229,3 @@ def _summary(final: dict) -> Summary:
         malformed_lines=totals["malformed"],
         skipped_shards=totals["skipped_shards"],
     )
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """End the work in an orderly way on SIGINT and SIGTERM: what is published stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    number = signal.SIGINT
-
-    def stop(received: int, _frame: object) -> None:
-        nonlocal number
-        number = received
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        # Native code that is waiting (Ray's) knows this exception, and raises one of its own.
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(
-            f"stopped by {signal.Signals(number).name}; the same command goes on from here",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + number) from None
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

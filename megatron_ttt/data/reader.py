@@ -5,23 +5,28 @@ keys of a line or a row (C4: `text`, beside `timestamp` and `url`). Reading cuts
 without looking into the lines; parsing a block is another step, for another process.
 """
 
-import io
+import errno
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from megatron_ttt.data.parquet_shard import row_streams, stream_rows
 from megatron_ttt.data.source import (
+    CHUNK_BYTES,
     HashingStream,
     Shard,
     ShardError,
     decompressed,
+    is_remote,
     local_shard,
     open_raw,
 )
-from megatron_ttt.errors import UserError
 
 try:
     import orjson
@@ -84,12 +89,33 @@ def read_blocks(
         stream = HashingStream(raw)
         if shard.name.endswith(".parquet"):
             # Parquet is read from its end: one pass for the checksum, another for the rows.
-            whole = ShardRead(sha256=stream.finish(), size=stream.position)
-            yield from _table_blocks(shard, raw, json_keys, whole.size)
+            with _seekable(shard, raw, stream) as file:
+                whole = ShardRead(sha256=stream.finish(), size=stream.position)
+                yield from _table_blocks(shard, file, json_keys, whole.size, max_document)
         else:
             yield from _line_blocks(decompressed(shard, stream), stream, max_document)
             whole = ShardRead(sha256=stream.finish(), size=stream.position)
     yield whole
+
+
+@contextmanager
+def _seekable(shard: Shard, raw: BinaryIO, stream: HashingStream) -> Iterator[BinaryIO]:
+    """The file itself, or a copy of what comes through the network: once, and forwards."""
+    if not is_remote(shard.url):
+        yield raw
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            shutil.copyfileobj(stream, copy, CHUNK_BYTES)
+            copy.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ShardError(
+                f"no room for a copy of {shard} in {tempfile.gettempdir()} ({error.strerror}); "
+                "make room, or set TMPDIR to another folder"
+            ) from error
+        yield copy
 
 
 def _line_blocks(
@@ -120,39 +146,16 @@ def _line_blocks(
         yield Block(first_line, b"".join(held), stream.position)
 
 
-def _too_long(max_document: int) -> str:
-    return f"the line is longer than {max_document} bytes (--max-document-bytes)"
+def _too_long(max_document: int, what: str = "line") -> str:
+    return f"the {what} is longer than {max_document} bytes (--max-document-bytes)"
 
 
 def _table_blocks(
-    shard: Shard, raw: Any, json_keys: Sequence[str], position: int
+    shard: Shard, raw: BinaryIO, json_keys: Sequence[str], position: int, max_document: int
 ) -> Iterator[Block]:
-    pyarrow, parquet = _pyarrow(shard)
-    first_row = 1
-    try:
-        raw.seek(0)
-        file = parquet.ParquetFile(raw)
-        missing = [key for key in json_keys if key not in file.schema_arrow.names]
-        if missing:
-            raise ShardError(f"{shard} has no column {missing[0]!r}; check --json-keys")
-        for batch in file.iter_batches(batch_size=128, columns=list(json_keys)):
-            content = io.BytesIO()
-            with pyarrow.ipc.new_stream(content, batch.schema) as writer:
-                writer.write_batch(batch)
-            yield Block(first_row, content.getvalue(), position, table=True)
-            first_row += batch.num_rows
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise ShardError(f"{shard} is corrupt ({error}); fetch it again") from error
-
-
-def _pyarrow(shard: Shard | str) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{shard} needs the package pyarrow: pip install pyarrow") from error
-    return pyarrow, pyarrow.parquet
+    for row, content in row_streams(shard, raw, json_keys, max_document):
+        fault = "" if content else _too_long(max_document, "row")
+        yield Block(row, content, position, table=True, fault=fault)
 
 
 def parse_block(
@@ -165,7 +168,8 @@ def parse_block(
     if block.fault:
         on_malformed(block.first_line, block.fault)
         return
-    rows = _rows(block, json_keys) if block.table else block.content.split(b"\n")
+    content = block.content
+    rows = stream_rows(content, json_keys) if block.table else content.split(b"\n")
     for line_number, row in enumerate(rows, block.first_line):
         if not block.table and (not row or row.isspace()):
             continue
@@ -177,8 +181,6 @@ def parse_block(
             for key, text in zip(json_keys, texts):
                 if not isinstance(text, str):
                     raise ValueError(f"no string under the key {key!r}")
-                if block.table and len(text) > max_document:
-                    raise ValueError(_too_long(max_document))
                 if not text.isascii():
                     # JSON's \ud800 can spell half a surrogate pair, which no tokenizer encodes.
                     text.encode()
@@ -194,30 +196,13 @@ def _parse_line(line: bytes) -> dict:
             document = orjson.loads(line)
         except orjson.JSONDecodeError:
             # Python's parser decides what is JSON, with orjson installed and without.
-            document = json.loads(line)
+            document = json.loads(line.decode("utf-8-sig"))
     else:
-        document = json.loads(line)
+        # Bytes it would take for UTF-16 where they look like it.
+        document = json.loads(line.decode("utf-8-sig"))
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
     return document
-
-
-def _rows(block: Block, json_keys: Sequence[str]) -> list[dict]:
-    pyarrow, _ = _pyarrow("a Parquet shard")
-    with pyarrow.ipc.open_stream(block.content) as reader:
-        table = reader.read_all()
-    columns = []
-    for key in json_keys:
-        # A string column is checked for UTF-8 when it is read, value by value.
-        columns.append([_value(value) for value in table.column(key)])
-    return [dict(zip(json_keys, row)) for row in zip(*columns)]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return None
 
 
 def read_documents(

@@ -30,6 +30,10 @@ except ImportError:
 CHUNK_BYTES = 1 << 18
 """Decompressed bytes that are read, and handed to a worker, at one time."""
 
+_ZSTD_BYTES = 512
+"""Compressed bytes that are decompressed at one time: to 16 MiB at most, four bytes being 128 KiB.
+A frame takes its window besides, of at most 128 MiB."""
+
 SUFFIXES = (
     *(f".{kind}{packing}" for kind in ("json", "jsonl") for packing in ("", ".gz", ".zst")),
     ".parquet",
@@ -56,11 +60,17 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return self.url.split("?")[0].rsplit("/", 1)[-1]
+        # In an http URL a question mark begins the query, elsewhere it is a character of a name.
+        path = self.url.split("?")[0] if is_http(self.url) else self.url
+        return path.rsplit("/", 1)[-1]
 
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def is_http(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def local_shard(path: str | Path) -> Shard:
@@ -106,8 +116,7 @@ def _find_remote(pattern: str) -> list[Shard]:
     with _remote_errors(pattern):
         files, path = fsspec_module().core.url_to_fs(pattern)
         urls = [pattern]
-        # In an http URL a question mark begins the query.
-        wild = "*[" if pattern.startswith("http") else "*[?"
+        wild = "*[" if is_http(pattern) else "*[?"
         if any(character in pattern for character in wild) and not files.exists(path):
             urls = [files.unstrip_protocol(match) for match in files.glob(path)]
         shards = []
@@ -227,15 +236,27 @@ def _zstd_chunks(shard: Shard, raw: HashingStream) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError(f"{shard} needs the package zstandard: pip install zstandard") from error
-    frame = None
+    decompressor, frame = zstandard.ZstdDecompressor(), None
+    held, size = [], 0
     try:
         while packed := raw.read(CHUNK_BYTES // 4):
-            while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                if content := frame.decompress(packed):
-                    yield content
-                packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            for start in range(0, len(packed), _ZSTD_BYTES):
+                rest = packed[start : start + _ZSTD_BYTES]
+                while rest:
+                    frame = frame or decompressor.decompressobj()
+                    held.append(frame.decompress(rest))
+                    size += len(held[-1])
+                    rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                if size >= CHUNK_BYTES:
+                    yield from _cut(b"".join(held))
+                    held, size = [], 0
     except zstandard.ZstdError as error:
         raise ShardError(f"{shard} is corrupt ({error}); fetch it again") from error
+    yield from _cut(b"".join(held))
     if frame is not None or raw.position == 0:
         raise ShardError(f"{shard} is truncated (its zstd frame has no end); fetch it again")
+
+
+def _cut(content: bytes) -> Iterator[bytes]:
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield content[start : start + CHUNK_BYTES]

@@ -152,7 +152,10 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder().get(control_id)
         remedy = 'set "special": true for it under "added_tokens" there'
         if added is not None and added.special:
-            remedy = "it is a piece of the model itself: take its SentencePiece file"
+            remedy = (
+                "it is a piece of the model itself: take the SentencePiece file that this one was "
+                "made from, where there is one, else a BPE tokenizer"
+            )
         raise UserError(
             f"{self.model_path}: a text that spells the control token {name!r} becomes it; {remedy}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ttt.data.partial_file import PartialFile, refuse_existing
+from megatron_ttt.data.partial_file import PartialFile, refuse_existing, refuse_folder
 from megatron_ttt.data.reader import MalformedLines, read_documents
 from megatron_ttt.data.source import find_shards
 from megatron_ttt.errors import UserError
@@ -35,6 +35,7 @@ def train_tokenizer(
     same documents give the same file. Raises `UserError` for a shard that cannot be read and for a
     vocabulary that does not fit the text.
     """
+    refuse_folder(output_prefix)
     model_path = Path(f"{output_prefix}.model")
     refuse_existing([model_path], overwrite)
     source = inputs[0] if len(inputs) == 1 else f"{inputs[0]} and {len(inputs) - 1} more"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ttt.data.build import Dataset, open_run, run_tokenizer
 from megatron_ttt.data.encoder import Encoder, Options
 from megatron_ttt.data.indexed import CHUNK_DOCUMENTS, bin_path, idx_path
-from megatron_ttt.data.inspection import Dataset, open_run, run_tokenizer
 from megatron_ttt.data.merge import file_sha256
 from megatron_ttt.data.reader import Block, parse_block, read_blocks
 from megatron_ttt.data.source import Shard
@@ -36,7 +36,7 @@ def verify(
         name = Path(dataset.prefix).name
         _check_files(dataset)
         yield f"{name}: sizes and checksums are those of the manifest"
-        _check_index(dataset)
+        check_index(dataset)
         yield f"{name}: the index of {dataset.entry['documents']} documents is sound"
         bos = options["bos_id"] if options["prepend_bos"] else None
         eos = options["eos_id"] if options["append_eod"] else None
@@ -68,8 +68,11 @@ def _check_files(dataset: Dataset) -> None:
             )
 
 
-def _check_index(dataset: Dataset) -> None:
-    """What a build's index has beyond a sound one: documents of one sequence, none empty."""
+def check_index(dataset: Dataset) -> None:
+    """Check what a build's index has beyond a sound one: documents of one sequence, none empty.
+
+    Raises `UserError` where it has not.
+    """
     index = dataset.index
 
     def require(holds: bool, what: str) -> None:

@@ -19,14 +19,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from megatron_ttt.data.indexed import bin_path, idx_path
-from megatron_ttt.data.partial_file import own_suffix, publish_bytes, remove_partials
+from megatron_ttt.data.manifests import FINAL, PLAN, TASK, fault
+from megatron_ttt.data.partial_file import own_suffix, publish_bytes, refuse_folder, remove_partials
 from megatron_ttt.data.source import Shard
 from megatron_ttt.errors import UserError
 
 VERSION = 1
+_NAME_BYTES = 100
+"""Of a shard's name, in the names of its task's files: with all that is added they stay below the
+255 bytes that file systems allow."""
 
 
 def stream_name(split: str, key: str) -> str:
@@ -51,7 +54,7 @@ class Plan:
 
     @staticmethod
     def from_json(content: dict) -> "Plan":
-        shards = tuple(Shard(**shard) for shard in content["shards"])
+        shards = tuple(Shard(s["url"], s["size"], s["modified"]) for s in content["shards"])
         return Plan(content["options"], shards, content["tokenizer_model"])
 
 
@@ -59,13 +62,18 @@ class Workspace:
     """The files of one output prefix."""
 
     def __init__(self, output_prefix: str) -> None:
+        refuse_folder(output_prefix)
+        output_prefix = os.path.abspath(output_prefix)
         self.output_prefix = output_prefix
         self.folder = Path(f"{output_prefix}.tasks")
         self.final_manifest = Path(f"{output_prefix}.manifest.json")
         self._plan = self.folder / "plan.json"
 
     def task_name(self, shard: Shard) -> str:
-        return f"{shard.name}-{sha256(shard.url.encode()).hexdigest()[:8]}"
+        digest, name = sha256(shard.url.encode()).hexdigest(), shard.name.encode()
+        if len(name) <= _NAME_BYTES:
+            return f"{shard.name}-{digest[:8]}"
+        return f"{name[:_NAME_BYTES].decode(errors='ignore')}-{digest[:32]}"
 
     def part_prefix(self, shard: Shard, stream: str) -> Path:
         return self.folder / f"{self.task_name(shard)}_{stream}"
@@ -74,14 +82,14 @@ class Workspace:
         return self.folder / f"{self.task_name(shard)}.manifest.json"
 
     def load_plan(self) -> Plan | None:
-        content = load_json(self._plan)
+        content = load_json(self._plan, PLAN)
         return Plan.from_json(content) if content else None
 
     def save_plan(self, plan: Plan) -> None:
         publish_json(self._plan, plan.to_json())
 
     def load_final(self) -> dict | None:
-        return load_json(self.final_manifest)
+        return load_json(self.final_manifest, FINAL)
 
     def manifest(
         self, shard: Shard, options: dict, on_error: str, again: bool = True
@@ -93,7 +101,7 @@ class Workspace:
         skipped; with `again`, a shard that was skipped as a whole does not count as done: it is
         tried again.
         """
-        manifest = load_json(self.manifest_path(shard))
+        manifest = load_json(self.manifest_path(shard), TASK)
         if manifest is None or manifest["options"] != options or (manifest["skipped"] and again):
             return None
         if on_error == "fail" and (manifest["malformed"] or manifest["skipped"]):
@@ -208,8 +216,11 @@ def refuse_other_options(prefix: str, before: dict, now: dict) -> None:
             )
 
 
-def load_json(path: Path) -> Any:
-    """The content of a file, None where there is no such file."""
+def load_json(path: Path, shape: dict = FINAL) -> dict | None:
+    """The content of a file, None where there is no such file.
+
+    Raises `UserError` for a content that is not of the shape, one of `manifests`.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -218,6 +229,8 @@ def load_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error}; remove it to begin again") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise UserError(f"{path} is of another version; remove it to begin again")
+    if place := fault(content, shape):
+        raise UserError(f"{path} is damaged ({place}); remove it to begin again")
     return content
 
 

@@ -3,10 +3,12 @@
 import json
 import sys
 
+import pytest
 from harness import run
 from test_scan import needs_cpp
 
 
+@pytest.mark.speed
 @needs_cpp
 def test_fast_scan_is_faster(tmp_path):
     output = tmp_path / "scan.json"
