@@ -95,11 +95,11 @@ def test_a_long_document_at_the_end_of_a_shard(run, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(json_lines())[:-20], "is truncated"),
+        (gzip.compress(json_lines(), mtime=0)[:-20], "is truncated"),
         (b"", "is truncated"),
         (json_lines(), "is corrupt"),
-        (gzip.compress(b""), "holds no documents"),
-        (gzip.compress(b"\n\n"), "holds no documents"),
+        (gzip.compress(b"", mtime=0), "holds no documents"),
+        (gzip.compress(b"\n\n", mtime=0), "holds no documents"),
     ],
 )
 def test_a_bad_shard(run, tmp_path, content, reason, capsys):
