@@ -29,8 +29,7 @@ CASES = (
     "bf16 groups, a state per sequence",
     "bf16 head_dim 96",
     "bf16 head_dim 128, mini-batches of 64",
-    "a state that grows, gamma x 100",
-    "a state that grows, gamma x 1000",
+    "a state that grows",
 )
 
 
@@ -68,8 +67,8 @@ def test_kernels_compute_the_naive_form(kind, case):
         pytest.skip("interpreted only: triton_cases.py says why")
     assert "failed" not in result, result
     bound = 2e-2 if case.startswith("bf16") else 1e-5
-    if "grows" in case:
-        bound = {"linear": 1e-5, "mlp": 1e-3}[kind]  # as in test_growth.py
+    if case == "a state that grows" and kind == "mlp":
+        bound = 2e-4  # the naive form, in float32, has a tenth of it
     for name, error in result["errors"].items():
         assert error < bound, name  # NaN is not
     assert result["repeats"]
