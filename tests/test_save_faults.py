@@ -51,7 +51,7 @@ def check_next(trainer) -> None:
 
 
 def fail(error: BaseException, *arguments, **options):
-    raise error
+    raise type(error)(*error.args)  # anew: one that was raised holds on to what it met
 
 
 NO_FILES = OSError(errno.EMFILE, os.strerror(errno.EMFILE))

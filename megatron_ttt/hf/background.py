@@ -7,7 +7,6 @@ is that process. It ends when the process PARENT has ended.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -152,11 +151,14 @@ def _why(code: int, log: str) -> str:
 def _export(checkpoint: str, output: str, parent: str) -> int:
     """What the exporter's process does; its exit code."""
 
+    try:
+        run = psutil.Process(int(parent))
+    except psutil.NoSuchProcess:
+        raise SystemExit("the run that asked for this export has ended") from None
+
     def end_with_parent() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(parent))
-            while is_running(process):
-                time.sleep(1)
+        while is_running(run):
+            time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(END_SECONDS)
         os._exit(1)
