@@ -95,7 +95,10 @@ def test_an_exporter_ends_with_its_parent(tmp_path):
     ended.wait()
     module = "megatron_ttt.hf.background"
     done = finish([sys.executable, "-m", module, "checkpoint", "out", ended.pid])
-    assert (done.returncode, done.stderr.strip()) == (1, "the run that asked for this export has ended")
+    assert (done.returncode, done.stderr.strip()) == (
+        1,
+        "the run that asked for this export has ended",
+    )
 
 
 @pytest.mark.kills
