@@ -129,7 +129,7 @@ def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-        wait_until(lambda: "Step 2:" in log.read_text(), 120, log.read_text)
+        wait_until(lambda: "Step 2:" in log.read_text(), 600, log.read_text)
         return process
 
     process = two_steps_of(stopped)
@@ -185,7 +185,7 @@ def begun(folder: Path, training: str):
     environment = script_environment(GPUS=2, PYTHON=python)
     script = subprocess.Popen([ROOT / "examples/multi_node/torchrun.sh"], env=environment)
     try:
-        wait_until(lambda: log.read_text().count("began") == 2, 120, log.read_text)
+        wait_until(lambda: log.read_text().count("began") == 2, 600, log.read_text)
         yield script, log
     finally:
         if script.poll() is None:
