@@ -149,8 +149,7 @@ def _why(code: int, log: str) -> str:
 
 
 def _export(checkpoint: str, output: str, parent: str) -> int:
-    """What the exporter's process does; its exit code."""
-
+    """Export as the exporter's process; return its exit code."""
     try:
         run = psutil.Process(int(parent))
     except psutil.NoSuchProcess:
