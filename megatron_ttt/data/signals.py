@@ -2,14 +2,19 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 10.0
 """What an orderly end may take, a disk that hangs included."""
+_SEND_AGAIN_SECONDS = 0.01
+"""Long enough for the callback that dropped an interrupt to return."""
 
 
 def exit_on_signals() -> None:
@@ -26,24 +31,33 @@ def exit_on_signals() -> None:
 def stop_on_signals() -> Iterator[None]:
     """End the work in an orderly way on SIGINT and SIGTERM: what is published stays.
 
-    Raises `KeyboardInterrupt` within, and `SystemExit` behind. Where the work does not end (an
-    exception can get lost in a destructor, a disk can hang), the process does.
+    Raises `KeyboardInterrupt` within, and `SystemExit` behind. Python drops an exception that is
+    raised in a destructor or a weak reference's callback: the signal is then sent again. Where the
+    work does not end all the same (a disk can hang), the process does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    told: SimpleQueue[int] = SimpleQueue()
+    told: SimpleQueue[_Signalled | None] = SimpleQueue()
     threading.Thread(target=_exit_in_the_end, args=(told,), daemon=True).start()
 
     def stop(number: int, _frame: object) -> None:
         if not received:
             received.append(number)
-            told.put(number)
+            told.put(_Signalled(number))
             # Native code that is waiting (Ray's) knows this exception, and raises one of its own.
             raise KeyboardInterrupt
 
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt) and received:
+            told.put(_Signalled(received[0], dropped=True))
+            received.clear()
+        else:
+            report_dropped(unraisable)
+
     before = {each: signal.getsignal(each) for each in _SIGNALS}
+    report_dropped, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         try:
             for each in _SIGNALS:
@@ -57,16 +71,27 @@ def stop_on_signals() -> Iterator[None]:
         _say(number)
         raise SystemExit(128 + number) from None
     finally:
-        told.put(0)
+        sys.unraisablehook = report_dropped
+        told.put(None)
 
 
-def _exit_in_the_end(told: SimpleQueue) -> None:
-    """Wait for the number of a signal, or 0 for the end of the work; give the first one time."""
-    if number := told.get():
+class _Signalled(NamedTuple):
+    number: int
+    dropped: bool = False
+
+
+def _exit_in_the_end(told: "SimpleQueue[_Signalled | None]") -> None:
+    """Wait for a signal or the end of the work (None); after a signal, give the work some time."""
+    signalled = told.get()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while signalled is not None:
+        if signalled.dropped:
+            time.sleep(_SEND_AGAIN_SECONDS)
+            os.kill(os.getpid(), signalled.number)
         try:
-            told.get(timeout=_GRACE_SECONDS)
+            last, signalled = signalled, told.get(timeout=max(0, deadline - time.monotonic()))
         except Empty:
-            _exit(number)
+            _exit(last.number)
 
 
 def _say(number: int) -> None:
