@@ -37,11 +37,11 @@ def description(path: Path) -> str:
     """What a checkpoint is of, from state.json and the tensors' metadata."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from megatron_ttt.checkpoint.reader import read_metadata
+    from megatron_ttt.checkpoint.reader import check_plain
 
     checkpoint = open_checkpoint(path)
     state, model = checkpoint.state, checkpoint.config["model"]
-    entries = read_metadata(path).state_dict_metadata
+    entries = check_plain(path).state_dict_metadata
     numbers, dtypes = Counter(), Counter()
     for name, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):

@@ -13,6 +13,8 @@ import io
 import pickle
 import re
 from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,32 @@ def _refusal(file: str | Path, named: str) -> UserError:
         f"{file} asks for {named}, which could run code and which no checkpoint of torch "
         f"{torch.__version__} needs: it was not loaded; use another"
     )
+
+
+def check_plain(path: Path) -> Metadata:
+    """Refuse a checkpoint that names code anywhere, even where a command reads nothing.
+
+    Reads the outline of each entry, none of its numbers. Returns what `read_metadata` does; raises
+    UserError.
+    """
+    from torch._subclasses import FakeTensorMode  # over a second to import
+
+    metadata = read_metadata(path)
+    if (path / COMMON_FILE).exists():
+        load_plain(path / COMMON_FILE)
+    reader = CheckpointReader(path, metadata)
+    entries = sorted(metadata.storage_data.values(), key=attrgetter("relative_path", "offset"))
+    for name, places in groupby(entries, key=attrgetter("relative_path")):
+        file = path / name
+        try:
+            with open(file, "rb") as stream, _refusing(file), FakeTensorMode():
+                for place in places:
+                    _load_plain(reader._slice_file(stream, place))
+        except UserError:
+            raise
+        except Exception as error:  # a cut file fails in the unpickler
+            raise UserError(f"{path} is damaged: cannot read {name} ({error})") from None
+    return metadata
 
 
 class CheckpointReader(FileSystemReader):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ttt.checkpoint.reader import CheckpointReader, load_plain, read_metadata
+from megatron_ttt.checkpoint.reader import CheckpointReader, check_plain, load_plain
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.errors import UserError
 from megatron_ttt.model import EMBEDDING
@@ -43,7 +43,7 @@ class CheckpointTensors:
 
     def __init__(self, checkpoint: Checkpoint):
         self.path = checkpoint.path
-        metadata = read_metadata(self.path)
+        metadata = check_plain(self.path)
         self._reader = CheckpointReader(self.path, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
