@@ -23,6 +23,7 @@ import random
 import re
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,7 +60,9 @@ def ensure_server() -> None:
     """
     if SOCKET in os.environ:
         return
-    path = Path(tempfile.mkdtemp(prefix="prefork-")) / "socket"
+    folder = tempfile.mkdtemp(prefix="prefork-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "socket"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
     listener.listen(64)
