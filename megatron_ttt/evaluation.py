@@ -27,10 +27,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_ttt.checkpoint.state import load_weights
-from megatron_ttt.checkpoint.store import open_checkpoint, open_whole_checkpoint
+from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.checkpoint.verification import open_whole_together
 from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
-from megatron_ttt.errors import UserError, of_rank_0
+from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import (
     config_with_defaults,
     model_from_official,
@@ -50,7 +51,7 @@ class Evaluator:
     def __init__(self, config: Config, platform, checkpoint: str, dtype: torch.dtype | None):
         self.config, self.device = config, platform.device
         self.chunks = build_chunks(config, core_config(config, platform, dtype))
-        load_weights(of_rank_0(lambda: open_whole_checkpoint(checkpoint)), self.chunks)
+        load_weights(open_whole_together(checkpoint), self.chunks)
         for chunk in self.chunks:
             chunk.eval()
 

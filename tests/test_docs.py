@@ -134,7 +134,7 @@ def test_messages_are_found_in_the_code():
     assert found["training.precision=fp16 is not supported: use bf16 (or fp32)"] == (
         "megatron_ttt/config.py"
     )
-    assert "checkpoint.load=… is damaged (…): name another" in found
+    assert "… is damaged (…): use another checkpoint" in found
 
 
 def test_a_group_of_messages_is_followed_by_a_cure():

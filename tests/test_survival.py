@@ -73,16 +73,17 @@ def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(whole, tmp
             flipped[position] ^= 1 << int(random.integers(8))
             path.write_bytes(flipped)
             said = []
-            assert find_newest(tmp_path / "run", said.append).step == 6, (name, position)
+            listed = list_checkpoints(tmp_path / "run")
+            assert find_newest(listed, said.append).step == 6, (name, position)
             assert len(said) == 1 and "checkpoint-8: " in said[0]
         path.write_bytes(content)
-    assert find_newest(tmp_path / "run").step == 8
+    assert find_newest(list_checkpoints(tmp_path / "run")).step == 8
     (tmp_path / "run/checkpoint-8" / names[-1]).unlink()
     (tmp_path / "run/checkpoint-6/more").write_text("")
-    assert find_newest(tmp_path / "run").step == 3
+    assert find_newest(list_checkpoints(tmp_path / "run")).step == 3
     (tmp_path / "run/checkpoint-3/manifest.json").unlink()
     with pytest.raises(UserError, match="every checkpoint in"):
-        find_newest(tmp_path / "run")
+        find_newest(list_checkpoints(tmp_path / "run"))
 
 
 def test_a_run_goes_on_from_the_newest_that_is_good(recipe, whole, tmp_path):
@@ -119,7 +120,7 @@ def test_a_run_goes_back_once_and_then_goes_on(recipe, whole, tmp_path):
 
 
 def test_a_checkpoint_of_another_function_is_warned_of(whole):
-    checkpoint = find_newest(whole)
+    checkpoint = find_newest(list_checkpoints(whole))
     model = checkpoint.config["model"]
     said = []
     check_architecture(checkpoint, {**model, "rope_theta": 5e5, "init_std": 1.0}, said.append)

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from torch._weights_only_unpickler import Unpickler
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint import planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.platform.compat import reading_with
@@ -129,19 +131,16 @@ def check_plain(path: Path) -> Metadata:
     Reads the outline of each entry, none of its numbers. Returns what `read_metadata` does; raises
     UserError.
     """
-    from torch._subclasses import FakeTensorMode  # over a second to import
-
     metadata = read_metadata(path)
     if (path / COMMON_FILE).exists():
         load_plain(path / COMMON_FILE)
     reader = CheckpointReader(path, metadata)
     entries = sorted(metadata.storage_data.values(), key=attrgetter("relative_path", "offset"))
     for name, places in groupby(entries, key=attrgetter("relative_path")):
-        file = path / name
         try:
-            with open(file, "rb") as stream, _refusing(file), FakeTensorMode():
+            with open(path / name, "rb") as stream, _refusing(path / name):
                 for place in places:
-                    _load_plain(reader._slice_file(stream, place))
+                    _outline(torch._C.PyTorchFileReader(reader._slice_file(stream, place)))
         except UserError:
             raise
         except Exception as error:  # a cut file fails in the unpickler
@@ -149,8 +148,24 @@ def check_plain(path: Path) -> Metadata:
     return metadata
 
 
+def _outline(entry: torch._C.PyTorchFileReader) -> Any:
+    """What torch.load makes of an entry, its tensors without their numbers, on the meta device."""
+    unpickler = Unpickler(io.BytesIO(entry.get_record("data.pkl")), encoding="utf-8")
+    unpickler.persistent_load = _storage_without_numbers
+    with torch.serialization.safe_globals(_RANDOM_STATES):
+        return unpickler.load()
+
+
+def _storage_without_numbers(saved: tuple) -> torch.TypedStorage:
+    _, kind, _, _, count = saved
+    dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+    storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
 class CheckpointReader(FileSystemReader):
-    """torch's reader of a checkpoint, without its unpickling. metadata: of `read_metadata`."""
+    """torch's reader of a checkpoint, without its unpickling, and of each tensor only what is asked
+    for. metadata: of `read_metadata`."""
 
     def __init__(self, path: str | Path, metadata: Metadata):
         super().__init__(path)
@@ -164,30 +179,51 @@ class CheckpointReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner):
-        """As torch's, file by file, so that a refusal can name the file."""
-        files: dict[str, list] = {}
-        for item in plan.items:
-            name = self.storage_data[item.storage_index].relative_path
-            files.setdefault(name, []).append(item)
-        for name, items in files.items():
-            with _refusing(Path(self.path) / name):
-                super().read_data(LoadPlan(items), _PlainBytes(planner))
+        """Read file by file, so that a refusal can name the file."""
+
+        def place(item: ReadItem) -> tuple[str, int]:
+            found = self.storage_data[item.storage_index]
+            return found.relative_path, found.offset
+
+        items = sorted(plan.items, key=place)
+        for name, of_file in groupby(items, key=lambda item: place(item)[0]):
+            file = Path(self.path) / name
+            with open(file, "rb") as stream, _refusing(file):
+                for item in of_file:
+                    self._read(item, stream, planner)
         return super().read_data(LoadPlan([]), planner)  # a future that is done
 
+    def _read(self, item: ReadItem, stream, planner) -> None:
+        place = self.storage_data[item.storage_index]
+        entry = self._slice_file(stream, place)
+        if item.type == LoadItemType.BYTE_IO:
+            plain = io.BytesIO()  # the planner unpickles it
+            torch.save(_load_plain(io.BytesIO(entry.read(place.length))), plain)
+            plain.seek(0)
+            planner.load_bytes(item, plain)
+            return
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(_read_part(entry, tuple(item.storage_offsets), tuple(item.lengths)))
+        planner.commit_tensor(item, target)
 
-class _PlainBytes:
-    """A planner that is given no entry but of plain data: it would unpickle it."""
 
-    def __init__(self, planner):
-        self.resolve_tensor = planner.resolve_tensor
-        self.commit_tensor = planner.commit_tensor
-        self._planner = planner
-
-    def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        plain = io.BytesIO()
-        torch.save(_load_plain(value), plain)
-        plain.seek(0)
-        self._planner.load_bytes(read_item, plain)
+def _read_part(stream, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    """A part of a tensor that torch.save wrote; reads from its first number to its last."""
+    entry = torch._C.PyTorchFileReader(stream)
+    whole = _outline(entry)
+    if not isinstance(whole, torch.Tensor):
+        raise ValueError("it holds no tensor where .metadata says so")
+    part = whole
+    for dim, (start, size) in enumerate(zip(offsets, sizes)):
+        part = part.narrow(dim, start, size)
+    if part.numel() == 0:
+        return torch.empty(sizes, dtype=part.dtype)
+    last = sum((size - 1) * stride for size, stride in zip(sizes, part.stride()))
+    content = bytearray((last + 1) * part.itemsize)
+    stream.seek(entry.get_record_offset("data/0") + part.storage_offset() * part.itemsize)
+    if stream.readinto(content) != len(content):
+        raise ValueError("it is cut short")
+    return torch.frombuffer(content, dtype=part.dtype).as_strided(sizes, part.stride())
 
 
 def load_tree(path: Path, tree: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ttt.checkpoint.faults import HeldErrors
+from megatron_ttt.checkpoint.boxes import cut
 from megatron_ttt.checkpoint.reader import load_tree
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
@@ -66,35 +66,14 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def checkpoint_tree(chunks: list[nn.Module], optimizer, held: HeldErrors) -> dict[str, Any]:
-    """What a checkpoint of unwrapped chunks holds; without an optimizer (None) only weights.
-
-    Collective: the optimizer's state is gathered. Raises SaveError, on all ranks, where one of them
-    has not the memory.
-    """
-    inner = [] if optimizer is None else optimizer.chained_optimizers
-    try:
-        with held.hold():
-            for one in inner:
-                one.reserve()
-        held.together()
-        for one in inner:
-            one.gather()
-        tree = {}
-        with held.hold():
-            tree = _tree(chunks, optimizer)
-        held.together()
-        return tree
-    finally:
-        for one in inner:
-            one.release()
-
-
-def _tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
+def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
+    """What this rank writes of a checkpoint of unwrapped chunks; without an optimizer (None) of
+    their weights alone. The tensors are views of what they are saved from."""
     tree = _model_tree(chunks)
     if optimizer is not None:
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
         tree["rng"] = _rng_object()
+        _cut_weights(tree, optimizer)
     apply_factories(tree)
     for entry in nested_values(tree):
         if not isinstance(entry, ShardedTensor):
@@ -104,6 +83,23 @@ def _tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
         if entry.data.device.type == "cpu":
             entry.data = _with_own_storage(entry.data)
     return tree
+
+
+def _cut_weights(tree: dict[str, Any], optimizer) -> None:
+    """Leave this rank the part of each weight whose optimizer state it owns: what data-parallel
+    ranks hold alike, they write in equal shares."""
+    owned = {}
+    for inner in optimizer.chained_optimizers:
+        owned |= inner.owned_ranges()
+    for part in [part for name, part in tree.items() if name.startswith("model")]:
+        weights = {n: entry for n, entry in part.items() if isinstance(entry.data, nn.Parameter)}
+        for name, entry in weights.items():
+            span = owned[entry.data]
+            if span:
+                values = entry.data.detach().view(-1)[span.start : span.stop]
+                part[name] = cut(entry, span, values)
+            else:
+                del part[name]
 
 
 def _leave_out_padding(entry: ShardedTensor, rows: int) -> None:
@@ -131,7 +127,8 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:
     """Load the weights alone into unwrapped chunks; collective."""
-    _load_model(chunks, _load(_model_tree(chunks), checkpoint))
+    _load(_model_tree(chunks), checkpoint)
+    _zero_padding(chunks)
 
 
 def load_checkpoint(
@@ -146,14 +143,18 @@ def load_checkpoint(
     if same_layout:
         tree["rng"] = _rng_object()
     tree = _load(tree, checkpoint)
-    _load_model(chunks, tree)
+    _zero_padding(chunks)
     optimizer.load_state_dict(tree["optimizer"])
     if same_layout:
         _set_rng(tree["rng"])
 
 
 def _load(tree: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """A tree as it is in the checkpoint. Raises UserError where its format is not known here."""
+    """Read what the tree's tensors describe into them; returns what else the checkpoint has.
+
+    Raises UserError where its format is not known here.
+    """
+    apply_factories(tree)  # else megatron-core reads their parts into memory of its own
     check_versions(checkpoint)
     try:
         return load_tree(checkpoint.path, tree)
@@ -191,20 +192,15 @@ def _model_tree(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _load_model(chunks: list[nn.Module], tree: dict[str, Any]) -> None:
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(tree[f"model{index}"])
-        zero_vocabulary_padding(chunk)
-
-
 @torch.no_grad()
-def zero_vocabulary_padding(chunk: nn.Module) -> None:
+def _zero_padding(chunks: list[nn.Module]) -> None:
     """Zero the embedding's rows past the vocabulary: a checkpoint does not hold them, but for older
     ones."""
     first = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in chunk.named_parameters():
-        if name in (EMBEDDING, "output_layer.weight"):
-            parameter[max(0, chunk.real_vocab_size - first * len(parameter)) :] = 0
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name in (EMBEDDING, "output_layer.weight"):
+                parameter[max(0, chunk.real_vocab_size - first * len(parameter)) :] = 0
 
 
 def _rng_object() -> ShardedObject:

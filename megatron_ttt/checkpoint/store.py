@@ -68,6 +68,14 @@ class Checkpoint:
         return self.state["config"]
 
 
+class Listed(NamedTuple):
+    """A folder that has the name of a checkpoint; they sort by step."""
+
+    step: int
+    kind: str  # "checkpoint" or "milestone"
+    path: Path
+
+
 def checkpoint_name(step: int) -> str:
     """Folder of the checkpoint after `step` steps."""
     return f"checkpoint-{step}"
@@ -95,42 +103,41 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise UserError(f"{path / STATE_FILE} is damaged: use another checkpoint")
 
 
-def open_whole_checkpoint(path: str | Path) -> Checkpoint:
+def open_whole_checkpoint(
+    path: str | Path, damage_of: Callable[[Path], str | None] = find_damage
+) -> Checkpoint:
     """As `open_checkpoint`; UserError too where it is no longer what was written."""
     checkpoint = open_checkpoint(path)
-    if damage := find_damage(checkpoint.path):
+    if damage := damage_of(checkpoint.path):
         raise UserError(f"{path} is damaged ({damage}): use another checkpoint")
     return checkpoint
 
 
-def find_newest(run_dir: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+def find_newest(
+    listed: list[Listed],
+    say: Callable[[str], None] = print,
+    damage_of: Callable[[Path], str | None] = find_damage,
+) -> Checkpoint | None:
     """The newest checkpoint or milestone of a run folder that is still what was written.
 
-    Those that are not are skipped, and `say` is told which and why. None if there is none to go on
-    from; UserError if there are only damaged ones, as starting anew would then lose the run.
+    listed: of `list_checkpoints`. Those that are not are skipped, and `say` is told which and why.
+    None if there is none to go on from; UserError if there are only damaged ones, as starting anew
+    would then lose the run.
     """
     damaged = {}
-    for listed in sorted(list_checkpoints(run_dir), reverse=True):
-        damage = find_damage(listed.path)
+    for one in sorted(listed, reverse=True):
+        damage = damage_of(one.path)
         if damage is None:
-            return open_checkpoint(listed.path)
-        damaged[listed.path] = damage
-        say(f"Skipped {listed.path}: {damage}")
+            return open_checkpoint(one.path)
+        damaged[one.path] = damage
+        say(f"Skipped {one.path}: {damage}")
     if damaged:
         path, damage = next(iter(damaged.items()))
         raise UserError(
-            f"every checkpoint in {run_dir} is damaged ({path.name}: {damage}): restore one, or "
-            "set another run.dir to start anew"
+            f"every checkpoint in {path.parent} is damaged ({path.name}: {damage}): restore one, "
+            "or set another run.dir to start anew"
         )
     return None
-
-
-class Listed(NamedTuple):
-    """A folder that has the name of a checkpoint; they sort by step."""
-
-    step: int
-    kind: str  # "checkpoint" or "milestone"
-    path: Path
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Listed]:

@@ -111,7 +111,7 @@ class CheckpointWriter:
             self._new_folder(path, held)
             # What fails before a moment of all ranks within is held, and told at the one below.
             with held.hold():
-                tree = checkpoint_tree(chunks, optimizer, held)
+                tree = checkpoint_tree(chunks, optimizer)
                 if self._is_first:
                     save_preprocess(tree, validate_access_integrity=True)
                 results = ResultsFile()

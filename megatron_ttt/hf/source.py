@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_ttt.checkpoint.manifest import MANIFEST_FILE, describe
+from megatron_ttt.checkpoint.manifest import MANIFEST_FILE
 from megatron_ttt.checkpoint.store import Checkpoint
 
 SOURCE_FILE = "exported_from.json"
@@ -54,5 +55,6 @@ def _evaluation_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def _source(checkpoint: Path) -> dict[str, str]:
     """A manifest holds the checksums of all else, so that its own stands for the checkpoint."""
-    manifest = describe(checkpoint / MANIFEST_FILE)
-    return {"checkpoint": checkpoint.resolve().name, "manifest_sha256": manifest["sha256"]}
+    manifest = (checkpoint / MANIFEST_FILE).read_bytes()
+    digest = hashlib.sha256(manifest).hexdigest()
+    return {"checkpoint": checkpoint.resolve().name, "manifest_sha256": digest}

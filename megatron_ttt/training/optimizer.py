@@ -6,13 +6,10 @@ bf16 and fp32 parameters.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -29,9 +26,14 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from torch import Tensor, nn
 
+from megatron_ttt.checkpoint.boxes import cut
 from megatron_ttt.config import Config
 from megatron_ttt.platform.compat import gradients_for_norm
-from megatron_ttt.training.gathering import GatheringOptimizer
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+"""Per parameter: the main parameter and AdamW's two moments."""
+STATE = "optimizer.state"
+"""What their names in a checkpoint begin with."""
 
 
 def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedDataParallel]:
@@ -48,8 +50,6 @@ def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedData
     # Not Megatron's disable_bucketing for later chunks: it gathers bf16 and fp32 parameters in one
     # coalesced call, which under gloo gives back other bits than were sent.
     wrapped = [DistributedDataParallel(core, ddp_config, chunk) for chunk in chunks]
-    for ddp in wrapped:
-        _keep_bucket_padding(ddp)
     core.finalize_model_grads_func = finalize_model_grads
     if overlap:
         one = len(wrapped) == 1
@@ -63,26 +63,43 @@ def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedData
     return wrapped
 
 
-def _keep_bucket_padding(ddp: DistributedDataParallel) -> None:
-    """Count a bucket's padding as content.
+class ShardSavingOptimizer(DistributedOptimizer):
+    """DistributedOptimizer of which each rank saves and loads what it owns, and no more.
 
-    The `fully_reshardable` checkpoint drops the padding between buckets as it gathers the moments
-    and then slices with offsets that include it, so that they come back shifted. With nothing to
-    drop, both sides agree.
+    super() gathers the state of all data-parallel ranks on each of them.
     """
-    for buffer in ddp.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
+
+    def owned_ranges(self) -> dict[nn.Parameter, range]:
+        """The flat range of each parameter that this rank owns; empty where it owns none."""
+        owned = {p: range(0) for buffer in self.buffers for p in buffer.param_index_map}
+        for parameter in self.model_param_gbuf_map:
+            spans = self._get_model_param_range_map(parameter)["param"]
+            owned[parameter] = range(spans.start, spans.end)
+        return owned
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict, is_loading=False, metadata=None
+    ):
+        """This rank's main parameters and moments as parts of global tensors; views of the state,
+        which loading reads into."""
+        entries, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        of_parameter = {entry.data: entry for entry in nested_values(entries)}
+        return {
+            number: {
+                kind: cut(of_parameter[parameter], owned, states[kind].detach(), f"{STATE}.{kind}.")
+                for kind in KINDS
+            }
+            for number, (parameter, owned) in enumerate(self.owned_ranges().items())
+            if owned
+            for states in [self._get_main_param_and_optimizer_states(parameter)]
+        }
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict):
+        """Nothing is left to do: the state was read into."""
 
 
-class TorchAdamDistributedOptimizer(GatheringOptimizer):
-    """DistributedOptimizer as it must be when it holds torch.optim.AdamW (no TE, no Apex)."""
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a rank has not every parameter whole."""
-        return self.data_parallel_group.size() > 1
+class TorchAdamDistributedOptimizer(ShardSavingOptimizer):
+    """As it must be when it holds torch.optim.AdamW (no TE, no Apex)."""
 
     def create_state(self) -> None:
         """Make the moments now. AdamW would at its first step, but saving and loading need them;
@@ -95,47 +112,11 @@ class TorchAdamDistributedOptimizer(GatheringOptimizer):
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
 
-    def _set_main_param_and_optimizer_states(self, model_param, tensors):
-        """The checkpoint carries no per-parameter `step`, which super() would ask for."""
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        super()._set_main_param_and_optimizer_states(
-            model_param, {"step": state["step"], **tensors}
-        )
-
-    def sharded_param_state_fully_reshardable(
-        self, model_sharded_state_dict, is_loading=False, metadata=None
-    ):
-        """What super() gives. Alone in its data-parallel group a rank has every parameter whole:
-        nothing is gathered then, which would copy the state."""
-        if is_loading or self.is_cut:
-            return super().sharded_param_state_fully_reshardable(
-                model_sharded_state_dict, is_loading, metadata
-            )
-        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-        of_parameter = {entry.data: entry for entry in nested_values(tensors)}
-        parameters = [p for buffer in self.buffers for p in buffer.param_index_map]
-        return {
-            number: {
-                kind: _like(of_parameter[parameter], f"optimizer.state.{kind}", tensor)
-                for kind, tensor in self._get_main_param_and_optimizer_states(parameter).items()
-                if kind != "step"
-            }
-            for number, parameter in enumerate(parameters)
-        }
-
     def load_state_dict(self, state_dict):
         """super() gives every parameter the same `step` tensor, which then counts each of them."""
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
-
-
-def _like(entry: ShardedTensor | ShardedTensorFactory, prefix: str, tensor: torch.Tensor):
-    """A parameter's entry in a checkpoint, for a tensor of its optimizer state."""
-    more = {"dtype": tensor.dtype} if isinstance(entry, ShardedTensor) else {}
-    data = tensor.detach().view(entry.data.shape)
-    return replace(entry, key=f"{prefix}.{entry.key}", data=data, **more)
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
@@ -162,7 +143,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
     set_options(optimizer, config)
     for inner in optimizer.chained_optimizers:
-        inner.__class__ = GatheringOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
+        inner.__class__ = ShardSavingOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
         if not HAVE_APEX_OR_TE:
             inner.create_state()
     chunks[0].config.grad_scale_func = optimizer.scale_loss

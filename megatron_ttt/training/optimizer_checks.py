@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.model import EMBEDDING, global_parameters
-from megatron_ttt.training.gathering import KINDS
+from megatron_ttt.training.optimizer import KINDS
 
 Sums = dict[str, tuple[int, ...]]
 """A checksum for each of KINDS, by the parameter's global name."""

@@ -17,27 +17,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ttt import platform as platforms
-from megatron_ttt.checkpoint.manifest import find_damage, replace_durably
-from megatron_ttt.checkpoint.state import (
-    check_versions,
-    layout,
-    load_checkpoint,
-    load_weights,
-)
-from megatron_ttt.checkpoint.store import (
-    Checkpoint,
-    check_architecture,
-    find_newest,
-    open_checkpoint,
-    remove_leftovers,
-    set_aside,
-    write_pointer,
-)
+from megatron_ttt.checkpoint.manifest import replace_durably
+from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
-from megatron_ttt.data.identity import check_unchanged, fingerprints
+from megatron_ttt.data.identity import fingerprints
 from megatron_ttt.errors import TrainingError, UserError, of_rank_0
-from megatron_ttt.hf.background import remove_unfinished
 from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
 from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.training.loggers import check_loggers, say
@@ -51,7 +36,7 @@ from megatron_ttt.training.optimizer import (
     step_optimizer,
     wrap_chunks,
 )
-from megatron_ttt.training.resume_checks import check_resume
+from megatron_ttt.training.resume import find_checkpoint, is_own, set_aside_what_was_after
 from megatron_ttt.training.saving import Saver
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
@@ -95,7 +80,8 @@ class Trainer:
         self.is_first_rank = dist.get_rank() == 0
         # Everything a user can have got wrong is looked at before the slow building.
         check_loggers(config)
-        self.resume_from = self._find_checkpoint()
+        self.data_fingerprints = of_rank_0(lambda: fingerprints(data_files(config)))
+        self.resume_from = find_checkpoint(config, self.data_fingerprints)
         self.data = open_data(config)
         for note in self.data.notes if self.is_first_rank else ():
             say(note)
@@ -115,46 +101,6 @@ class Trainer:
         if self.resume_from is not None:
             self._resume()
 
-    def _find_checkpoint(self) -> Checkpoint | None:
-        """What this run goes on from (see `checkpoint.load`), as rank 0 finds it. Collective."""
-        self.data_fingerprints = {}
-        return of_rank_0(self._choose_checkpoint)
-
-    def _choose_checkpoint(self) -> Checkpoint | None:
-        self.data_fingerprints = fingerprints(data_files(self.config))
-        remove_leftovers(self.run_dir)
-        remove_unfinished(self.run_dir)
-        load = self.config.checkpoint.load
-        checkpoint = find_newest(self.run_dir, say)
-        if load == "none" and checkpoint is not None:
-            raise UserError(
-                f"checkpoint.load=none, but {checkpoint.path} exists: set another run.dir, or "
-                "checkpoint.load=auto to go on from it"
-            )
-        if load not in ("auto", "none"):
-            named = open_checkpoint(load)
-            if damage := find_damage(named.path):
-                raise UserError(f"checkpoint.load={load} is damaged ({damage}): name another")
-            if checkpoint is None or self._goes_back(checkpoint, named):
-                checkpoint = named
-        if checkpoint is not None:
-            check_versions(checkpoint)
-            check_architecture(checkpoint, to_dict(self.config)["model"], say)
-            check_resume(checkpoint, self.config, say)
-            if self._is_own(checkpoint):
-                check_unchanged(checkpoint.state.get("data", {}), self.data_fingerprints)
-        return checkpoint
-
-    def _is_own(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.path.resolve().parent == self.run_dir.resolve()
-
-    def _goes_back(self, newest: Checkpoint, named: Checkpoint) -> bool:
-        """Whether checkpoint.load means to go back to this one of the run's own. It does once: what
-        was trained since by the same command is gone on from, by a restart too."""
-        load = self.config.checkpoint.load
-        since = newest.step > named.step and newest.config["checkpoint"].get("load") == load
-        return self._is_own(named) and not since
-
     def _resume(self) -> None:
         checkpoint = self.resume_from
         if checkpoint.state["has_optimizer"]:
@@ -168,19 +114,8 @@ class Trainer:
             self.optimizer.reload_model_params()
         if self.is_first_rank:
             say(f"Resumed from {checkpoint.path} at step {self.step}")
-        if self._is_own(checkpoint):
-            of_rank_0(lambda: self._set_aside_what_was_after(checkpoint))
-
-    def _set_aside_what_was_after(self, checkpoint: Checkpoint) -> None:
-        try:
-            if aside := set_aside(self.run_dir, checkpoint.step):
-                write_pointer(checkpoint.path)
-                names = ", ".join(path.name for path in aside)
-                say(f"Set aside what was after that step, damaged or not wanted: {names}")
-        except OSError as error:
-            raise UserError(
-                f"cannot rename checkpoints in run.dir={self.run_dir}: {error.strerror}"
-            ) from None
+        if is_own(checkpoint, self.run_dir):
+            of_rank_0(lambda: set_aside_what_was_after(checkpoint))
 
     def train(self) -> str | None:
         """Run the remaining steps; save and validate at the end.
@@ -211,8 +146,9 @@ class Trainer:
         last = config.training.exit_step or config.training.steps
         if self.step >= last and self.is_first_rank:
             say(f"Nothing to do: step {self.step} of {last} is behind")
-        if self.is_first_rank and self.resume_from is not None and self._is_own(self.resume_from):
-            self.saver.export_what_is_missing(self.resume_from.path, self.step)
+        resumed = self.resume_from
+        if self.is_first_rank and resumed is not None and is_own(resumed, self.run_dir):
+            self.saver.export_what_is_missing(resumed.path, self.step)
         batches = self.data.train_batches(self.step, last)
         self._mode(training=True)
         reason = None
