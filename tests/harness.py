@@ -122,13 +122,15 @@ LAYOUTS = {
         "parallel.virtual_pipeline_model_parallel_size=2",
     ],
     "dp2": [],
+    "dp3": [],
+    "dp4": [],
     "tp2pp2": [
         "parallel.tensor_model_parallel_size=2",
         "parallel.pipeline_model_parallel_size=2",
     ],
     "tp2sp_dp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
 }
-PROCESSES = {"one": 1, "tp4": 4, "tp2pp2": 4, "tp2sp_dp2": 4}
+PROCESSES = {"one": 1, "dp3": 3, "dp4": 4, "tp4": 4, "tp2pp2": 4, "tp2sp_dp2": 4}
 """Processes of a layout; 2 where it is not named."""
 
 
