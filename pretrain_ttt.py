@@ -4,7 +4,8 @@
     torchrun --nproc-per-node N pretrain_ttt.py --config yaml_recipes/NAME.yaml [key.path=value ...]
 
 Without torchrun it is a job of one process. `--print-config` shows the resolved configuration,
-`--dry-run` what it would cost (docs/planning.md); neither starts anything.
+`--dry-run` what it would cost (docs/planning.md); neither starts anything. `--build-index` builds
+the sample index that training would build first, on one machine without a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, train nothing")
+    parser.add_argument("--build-index", action="store_true", help="build the index and end")
     parser.add_argument(
         "--world-size", type=int, help="processes to plan for (default: the recipe's TP x PP)"
     )
@@ -66,6 +68,13 @@ def main() -> int:
     if given := [name for name in plans if getattr(arguments, name) is not None]:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(f"{options} plan a run and train none: add --dry-run, or leave them out")
+    if arguments.build_index:
+        from megatron_ttt.data.batches import build_index, index_folder
+
+        for name, windows in zip(("train", "validation"), build_index(config)):
+            if windows is not None:
+                print(f"data.{name}: {len(windows):,} sequences in {index_folder(config)}")
+        return 0
     # A process that crashes in native code says in which line of Python.
     faulthandler.enable()
     # Before the slow imports: a layout that cannot be is refused at once, a signal is heeded.

@@ -75,6 +75,21 @@ def of_rank_0(find: Callable[[], T]) -> T:
     return found[0]
 
 
+def of_every_rank(work: Callable[[], T]) -> T:
+    """What each rank's own work returns. Collective. The `UserError` of one all ranks raise."""
+    import torch.distributed as dist
+
+    own, refusals = None, [None] * dist.get_world_size()
+    try:
+        own, refusal = work(), None
+    except UserError as error:
+        refusal = error
+    dist.all_gather_object(refusals, refusal)
+    if refusal := next(filter(None, refusals), None):
+        raise refusal
+    return own
+
+
 def refuse_missing_folders(*outputs: Path | None) -> None:
     """Raise `UserError` where a file could not be written, before the work that is to be in it."""
     for output in filter(None, outputs):

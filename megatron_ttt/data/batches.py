@@ -77,7 +77,7 @@ def open_data(config: Config, *, train: bool = True) -> Data:
 
     train: False opens the validation alone.
     """
-    data, training = config.data, config.training
+    data = config.data
     if train and bool(data.train) == bool(data.fixed_batches):
         raise UserError(
             "name the training data: either data.train (prefixes) or data.fixed_batches"
@@ -93,15 +93,7 @@ def open_data(config: Config, *, train: bool = True) -> Data:
     elif data.train or data.validation:
         raise UserError("data.tokenizer_model is not set: name the model the data was made with")
 
-    train_set, validation_set = build_datasets(
-        (train and data.train) or None,
-        data.validation or None,
-        train_samples=training.steps * training.global_batch_size,
-        validation_samples=training.eval_batches * training.global_batch_size,
-        seq_length=training.seq_length,
-        seed=config.run.seed,
-        cache_dir=data.cache_dir or Path(config.run.dir) / "cache",
-    )
+    train_set, validation_set = build_index(config, train=train)
     notes = _repeats(config) if train_set else []
     validation_samples = 0
     if validation_set is not None:
@@ -111,6 +103,28 @@ def open_data(config: Config, *, train: bool = True) -> Data:
         train_set = _fixed_batches(config)
     masked_id = _masked_id(config, tokenizer)
     return Data(config, train_set, validation_set, validation_samples, masked_id, notes)
+
+
+def build_index(config: Config, *, train: bool = True):
+    """The training and the validation windows, whose indices are built where the cache lacks them.
+
+    Collective where torch.distributed is initialised; else for this machine alone.
+    """
+    data, training = config.data, config.training
+    return build_datasets(
+        (train and data.train) or None,
+        data.validation or None,
+        train_samples=training.steps * training.global_batch_size,
+        validation_samples=training.eval_batches * training.global_batch_size,
+        seq_length=training.seq_length,
+        seed=config.run.seed,
+        cache_dir=index_folder(config),
+    )
+
+
+def index_folder(config: Config) -> Path:
+    """Where the indices are kept."""
+    return Path(config.data.cache_dir or Path(config.run.dir) / "cache")
 
 
 def data_files(config: Config) -> list[Path]:

@@ -18,10 +18,10 @@ from megatron.core.datasets import helpers
 from torch.utils.data import Dataset
 
 from megatron_ttt.data.blend import Blend, parse_blend
-from megatron_ttt.data.index_cache import cached_entry, load_arrays, open_cache
+from megatron_ttt.data.index_cache import cached_entry, has_entry, load_arrays, open_cache
 from megatron_ttt.data.indexed import Index, check_indexed
 from megatron_ttt.data.windows import Windows, draw_epochs, epochs_for, windows_in
-from megatron_ttt.errors import UserError, of_rank_0
+from megatron_ttt.errors import UserError, of_every_rank, of_rank_0
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def build_datasets(
 ) -> tuple[TokenWindows | None, TokenWindows | None]:
     """The training and the validation dataset, of one sample or more; None for a blend of None.
 
-    Collective: where torch.distributed is initialised every rank calls it, rank 0 builds the
-    sample indices in `cache_dir`, which all ranks must see, and the others read them. Blends
+    Collective: where torch.distributed is initialised every rank calls it. Rank 0 builds the sample
+    indices in `cache_dir`, and so does one rank of each node whose folder is another. Blends
     without weights are drawn from in proportion to their tokens. Training data smaller than the
     number of samples repeats, epoch by epoch; validation takes each window once, and ends where the
     first dataset of a blend has no more to give: it may be smaller than `validation_samples`.
@@ -136,9 +136,20 @@ def build_datasets(
             )
         return [training, once]
 
-    built = of_rank_0(build) if dist.is_initialized() else build()
+    if dist.is_initialized():
+        built = of_rank_0(build)
+        of_every_rank(lambda: None if all(map(_is_here, built)) else build())
+    else:
+        built = build()
     train_set, validation_set = (entries and TokenWindows(entries) for entries in built)
     return train_set, validation_set
+
+
+def _is_here(entries: _Entries | None) -> bool:
+    """Whether this node sees what rank 0 has left in the cache."""
+    found = [entry for _, entry in entries.windows] if entries else []
+    found += [entries.blend] if entries and entries.blend else []
+    return all(map(has_entry, found))
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,19 @@ def cached_entry(
     return entry
 
 
+def has_entry(entry: Path) -> bool:
+    """Whether an entry that was written is seen from here."""
+    return _record_path(entry).exists()
+
+
 def load_arrays(entry: Path, *names: str) -> list[np.ndarray]:
     """Arrays of a whole entry, mapped. Raises `UserError` where they are not there."""
     try:
         return [np.load(_array_path(entry, name), mmap_mode="r") for name in names]
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"cannot read the index cache {entry.parent}, where rank 0 has just written it: name "
-            f"a folder that all nodes see in data.cache_dir ({error})"
+            f"cannot read the index cache {entry.parent}, which has just been written: name "
+            f"another folder in data.cache_dir ({error})"
         ) from error
 
 

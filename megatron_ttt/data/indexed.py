@@ -9,7 +9,7 @@ documents + 1 = D (u64), sequence lengths (int32 [S]), byte offsets of the seque
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-class IndexedWriter:
-    """Writes a pair, document by document, under partial names until `publish`.
+class IndexWriter:
+    """Writes an .idx, document by document, under a partial name until `publish`.
 
     Memory does not grow with the documents: their lengths wait in a nameless file on the disk.
     """
@@ -50,51 +50,37 @@ class IndexedWriter:
         self.tokens = self.documents = 0
         self._dtype = dtype
         self._finished = False
-        self._bin = PartialFile(bin_path(prefix))
         self._idx = PartialFile(idx_path(prefix))
-        self._lengths = tempfile.TemporaryFile(dir=self._bin.path.parent)  # noqa: SIM115
+        self._lengths = tempfile.TemporaryFile(dir=self._idx.path.parent)  # noqa: SIM115
 
-    def append(self, tokens: bytes, lengths: np.ndarray) -> None:
-        """Add documents: their tokens in the pair's dtype, their lengths as int32 [documents]."""
-        self._bin.write(tokens)
+    def append(self, lengths: np.ndarray) -> None:
+        """Add documents by their lengths [documents]."""
         self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
-        self.tokens += len(tokens) // self._dtype.itemsize
+        self.tokens += int(np.sum(lengths, dtype=np.int64))
         self.documents += len(lengths)
 
-    def finish(self) -> dict[str, dict]:
-        """Write the index and bring both files to the disk, still under partial names.
-
-        Returns the size in bytes and the SHA-256 of the two, under "bin" and "idx".
-        """
+    def finish(self) -> dict[str, int | str]:
+        """Bring the index to the disk, still under its partial name; its size and SHA-256."""
         if not self._finished:
             self._write_index()
-            self._bin.flush()
             self._idx.flush()
             self._finished = True
-        sizes = {
-            "bin": self.tokens * self._dtype.itemsize,
-            "idx": _HEADER.size + 12 * self._sequences + 8 * (self.documents + 1),
-        }
-        files = {"bin": self._bin, "idx": self._idx}
-        return {
-            name: {"size": sizes[name], "sha256": file.sha256.hexdigest()}
-            for name, file in files.items()
-        }
+        size = _HEADER.size + 12 * self._sequences + 8 * (self.documents + 1)
+        return {"size": size, "sha256": self._idx.sha256.hexdigest()}
 
-    def publish(self) -> None:
-        """Give both files their names, the .idx last: it makes the pair whole.
+    def publish(self, publish_bin: Callable[[], None]) -> None:
+        """Give the .bin its name and then the .idx, which makes the pair whole.
 
         Replacing an older pair takes its .idx away first, so that a crash in between leaves no
         .idx that belongs to another .bin.
         """
         self.finish()
         self._idx.path.unlink(missing_ok=True)
-        self._bin.publish()
+        publish_bin()
         self._idx.publish()
 
     def discard(self) -> None:
         """Remove what `publish` has not given a name."""
-        self._bin.discard()
         self._idx.discard()
         with suppress(OSError):  # a full disk once more, while the buffer is flushed
             self._lengths.close()
@@ -123,6 +109,48 @@ class IndexedWriter:
             firsts = first + np.cumsum(lengths > 0, dtype="<i8")
             write(firsts.tobytes())
             first = int(firsts[-1])
+
+
+class IndexedWriter:
+    """Writes a pair, document by document, under partial names until `publish`."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self._bin = PartialFile(bin_path(prefix))
+        self._index = IndexWriter(prefix, dtype)
+        self._size = 0
+
+    @property
+    def documents(self) -> int:
+        return self._index.documents
+
+    @property
+    def tokens(self) -> int:
+        return self._index.tokens
+
+    def append(self, tokens: bytes, lengths: np.ndarray) -> None:
+        """Add documents: their tokens in the pair's dtype, their lengths as int32 [documents]."""
+        self._bin.write(tokens)
+        self._size += len(tokens)
+        self._index.append(lengths)
+
+    def finish(self) -> dict[str, dict]:
+        """Write the index and bring both files to the disk, still under partial names.
+
+        Returns the size in bytes and the SHA-256 of the two, under "bin" and "idx".
+        """
+        idx = self._index.finish()
+        self._bin.flush()
+        return {"bin": {"size": self._size, "sha256": self._bin.sha256.hexdigest()}, "idx": idx}
+
+    def publish(self) -> None:
+        """Give both files their names."""
+        self.finish()
+        self._index.publish(self._bin.publish)
+
+    def discard(self) -> None:
+        """Remove what `publish` has not given a name."""
+        self._bin.discard()
+        self._index.discard()
 
 
 @dataclass(frozen=True)

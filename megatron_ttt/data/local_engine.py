@@ -1,7 +1,9 @@
 """The tasks of a run on the cores of this machine.
 
-The parent reads, decompresses and cuts; workers parse and encode and hand back bytes, which the
-parent appends in the order of the blocks: the output does not depend on their number.
+Each worker does whole tasks, reading and writing included: the parent hands out shards and counts.
+Where there are fewer shards than workers, a worker shares the encoding of its shard with helpers of
+its own, which hand back bytes that it appends in the order of the blocks. The output does not
+depend on any of these numbers.
 """
 
 import multiprocessing
@@ -9,15 +11,19 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
 from megatron_ttt.data.encoder import EncodedBlock, Encoder, Options, encode_here
+from megatron_ttt.data.partial_file import partial_suffix, remove_partials
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES, Block
+from megatron_ttt.data.source import Shard
+from megatron_ttt.data.tasks import Listener, shard_items, write_tasks
+from megatron_ttt.data.workspace import Workspace
 from megatron_ttt.errors import UserError
 
 _BLOCKS_PER_WORKER = 8
@@ -25,6 +31,107 @@ _BLOCKS_PER_WORKER = 8
 _BYTES_PER_WORKER = MAX_DOCUMENT_BYTES
 """The same where documents are very long."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DIED = (
+    "a worker process died, often for want of memory; what was done is kept: run the same command "
+    "again, with fewer --workers"
+)
+
+
+def run_locally(
+    workspace: Workspace,
+    shards: Sequence[Shard],
+    encoder: Encoder,
+    fingerprint: dict,
+    on_error: str,
+    listener: Listener,
+    workers: int,
+) -> None:
+    """Do the tasks of the shards. Raises `UserError` as soon as one task does, or a worker dies;
+    tasks that are done then stay done."""
+    if len(shards) > 1 and workers > 1:
+        _run_tasks(workspace, shards, encoder.options, fingerprint, on_error, listener, workers)
+        return
+    items = encode_in_order(shard_items(shards, encoder.options), encoder, workers)
+    write_tasks(
+        workspace, shards, items, encoder.options, fingerprint, encoder.dtype, on_error, listener
+    )
+
+
+def _run_tasks(
+    workspace: Workspace,
+    shards: Sequence[Shard],
+    options: Options,
+    fingerprint: dict,
+    on_error: str,
+    listener: Listener,
+    workers: int,
+) -> None:
+    todo, count = deque(shards), min(workers, len(shards))
+    helpers = [workers // count + (number < workers % count) for number in range(count)]
+    pool = _Processes()
+    try:
+        arguments = (workspace.output_prefix, options, fingerprint, on_error)
+        pool.start(_do_tasks, [(*arguments, number) for number in helpers], daemon=False)
+        idle, busy = list(pool.pipes), []
+        while todo or busy:
+            while todo and idle:
+                busy.append(idle.pop())
+                busy[-1].send(todo.popleft())
+            for pipe in wait(busy):
+                name, *values = pipe.recv()
+                if name == "failed":
+                    raise values[0]
+                if name == "done":
+                    busy.remove(pipe)
+                    idle.append(pipe)
+                else:
+                    getattr(listener, name)(*values)
+    except (EOFError, ConnectionError) as error:
+        raise UserError(_DIED) from error
+    finally:
+        pool.close()
+        for process in pool.started():
+            remove_partials(workspace.folder, suffix=partial_suffix(process.pid))
+
+
+class _Reports(Listener):
+    """Tells the parent, in a worker."""
+
+    def __init__(self, parent: Connection) -> None:
+        self._parent = parent
+
+    def block(self, *values: Any) -> None:
+        self._parent.send(("block", *values))
+
+    def task(self, *values: Any) -> None:
+        self._parent.send(("task", *values))
+
+    def note(self, *values: Any) -> None:
+        self._parent.send(("note", *values))
+
+
+def _do_tasks(
+    parent: Connection,
+    output_prefix: str,
+    options: Options,
+    fingerprint: dict,
+    on_error: str,
+    workers: int,
+) -> None:
+    """Do the tasks of the shards that come through the pipe, in a worker."""
+    encoder = None
+    try:
+        workspace, reports = Workspace(output_prefix), _Reports(parent)
+        while True:
+            shard = parent.recv()
+            encoder = encoder or Encoder(options)
+            items = encode_in_order(shard_items([shard], options), encoder, workers)
+            write_tasks(
+                workspace, [shard], items, options, fingerprint, encoder.dtype, on_error, reports
+            )
+            parent.send(("done",))
+    except (UserError, OSError) as error:
+        parent.send(("failed", error))
 
 
 def encode_in_order(blocks: Iterable, encoder: Encoder, workers: int) -> Iterator:
@@ -35,7 +142,7 @@ def encode_in_order(blocks: Iterable, encoder: Encoder, workers: int) -> Iterato
     if workers == 1:
         yield from encode_here(blocks, encoder)
         return
-    pool = _Pool()
+    pool = _EncodingPool()
     pending: deque[tuple[Any, int]] = deque()
     waiting = 0
     try:
@@ -60,37 +167,81 @@ def _result(item: Any) -> Any:
     return item.result() if isinstance(item, Future) else item
 
 
-class _Pool:
-    """Processes that encode, a thread and a pipe of their own for each.
+class _Processes:
+    """Processes with a pipe each.
 
     They share no queue and no lock, which a killed process could leave behind locked: its pipe
-    closes, the thread at the other end sees it, and all of them end.
+    closes, and who reads at the other end sees it.
     """
 
     def __init__(self) -> None:
-        self._processes: list[multiprocessing.process.BaseProcess] = []
-        self._idle: SimpleQueue[Connection] = SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.pipes: list[Connection] = []
 
-    def start(self, options: Options, workers: int) -> None:
+    def start(self, work: Callable, arguments: Sequence[tuple], *, daemon: bool) -> None:
+        """A process for each tuple of arguments, which `work` gets behind its end of the pipe."""
         # Not fork: a worker would inherit the lock of the output, and hold it beyond a killed
         # parent.
         context = multiprocessing.get_context("spawn")
         # Started by the first process, it would unblock the signals.
         resource_tracker.ensure_running()
         # Ctrl-C, and Slurm's SIGTERM, reach every process; the parent answers them and ends the
-        # pool. Workers have both blocked from their first instruction on.
+        # others, which have both blocked from their first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            for _ in range(workers):
+            for values in arguments:
                 here, there = context.Pipe()
-                process = context.Process(target=_work, args=(there, options), daemon=True)
-                self._processes.append(process)
+                process = context.Process(target=_work, args=(work, there, *values), daemon=daemon)
+                self.processes.append(process)
                 process.start()
                 there.close()
-                self._idle.put(here)
+                self.pipes.append(here)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def kill(self) -> None:
+        """End them, whatever they are at: there is nothing in them to lose."""
+        for process in self.started():
+            process.kill()
+
+    def close(self) -> None:
+        """As `kill`, and wait until they are gone."""
+        self.kill()
+        for process in self.started():
+            process.join()
+
+    def started(self) -> list[multiprocessing.process.BaseProcess]:
+        """Those that run or ran: an interrupt can come between a process and its start."""
+        return [process for process in self.processes if process.pid is not None]
+
+
+def _work(work: Callable, parent: Connection, *arguments: Any) -> None:
+    """What a process does until its parent is gone."""
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
+    try:
+        work(parent, *arguments)
+    except (EOFError, ConnectionError, MemoryError):
+        os._exit(1)  # the parent is gone, or sees that this process is
+
+
+def _exit_with_the_parent() -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+class _EncodingPool:
+    """Processes that encode, and a thread for each that waits for what it hands back."""
+
+    def __init__(self) -> None:
+        self._processes = _Processes()
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def start(self, options: Options, workers: int) -> None:
+        self._processes.start(_encode_blocks, workers * [(options,)], daemon=True)
+        for pipe in self._processes.pipes:
+            self._idle.put(pipe)
         self._threads = ThreadPoolExecutor(workers)
 
     def submit(self, block: Block) -> Future:
@@ -102,53 +253,32 @@ class _Pool:
             worker.send(block)
             result = worker.recv()
         except (EOFError, OSError) as error:
-            self._kill()
-            raise UserError(
-                "a worker process died, often for want of memory; what was done is kept: run the "
-                "same command again, with fewer --workers"
-            ) from error
+            self._processes.kill()
+            raise UserError(_DIED) from error
         finally:
             self._idle.put(worker)
         if isinstance(result, UserError):
             raise result
         return result
 
-    def _kill(self) -> None:
-        for process in self._processes:
-            if process.pid is not None:
-                process.kill()
-
     def close(self) -> None:
-        """End the workers, whatever they are at: there is nothing in them to lose."""
-        self._kill()
+        self._processes.kill()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
-            if process.pid is not None:
-                process.join()
+        self._processes.close()
 
 
-def _work(parent: Connection, options: Options) -> None:
+def _encode_blocks(parent: Connection, options: Options) -> None:
     """Encode what comes through the pipe, in a worker."""
-    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
     encoder = None
-    try:
-        while True:
-            block = parent.recv()
-            try:
-                encoder = encoder or Encoder(options)
-                result = encoder.encode(block)
-            except UserError as error:
-                result = error
-            parent.send(result)
-    except (EOFError, OSError, MemoryError):
-        os._exit(1)  # the parent is gone, or sees that this process is
-
-
-def _exit_with_the_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    while True:
+        block = parent.recv()
+        try:
+            encoder = encoder or Encoder(options)
+            result = encoder.encode(block)
+        except UserError as error:
+            result = error
+        parent.send(result)
 
 
 def available_cpus() -> int:

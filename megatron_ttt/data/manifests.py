@@ -4,6 +4,8 @@ from typing import Any
 
 _ANY = "*"
 _FILE = {"size": int, "sha256": str}
+_BIN = (_FILE, {"size": int, "parts": [_FILE]})
+"""Older manifests have one checksum, others one for each shard's part."""
 _STREAM = {"documents": int, "tokens": int}
 _INPUT = {"url": str, "listed_size": int, "modified": str}
 _COUNTS = {"documents": int, "malformed": int}
@@ -27,8 +29,8 @@ PLAN = {
     "options": _OPTIONS,
     "shards": [{"url": str, "size": int, "modified": str}],
 }
-"""`plan.json`: a dictionary names its keys (`*` is any), a list the kind of its items.
-Neither is empty."""
+"""`plan.json`: a dictionary names its keys (`*` is any), a list the kind of its items, neither is
+empty; a tuple holds alternatives."""
 
 TASK = _COUNTS | {
     "input": _INPUT,
@@ -40,12 +42,15 @@ TASK = _COUNTS | {
 }
 """The manifest of a shard that is done."""
 
+COPIED = {"output": str, "offset": int, "total": int}
+"""Where the .bin of a shard has gone: into which file of which length, and where in it."""
+
 FINAL = {
     "tokenizer_model": str,
     "options": _OPTIONS,
     "totals": _COUNTS | {"tokens": int, "text_bytes": int, "empty": int, "skipped_shards": int},
     "outputs": {
-        _ANY: _STREAM | {"split": str, "key": str, "shards": [str], "bin": _FILE, "idx": _FILE}
+        _ANY: _STREAM | {"split": str, "key": str, "shards": [str], "bin": _BIN, "idx": _FILE}
     },
     "shards": [_INPUT | _COUNTS | {"skipped": str, "streams": {_ANY: _STREAM}}],
 }
@@ -66,6 +71,9 @@ def fault(content: Any, shape: Any, place: str = "") -> str:
             (content.get(key), shape.get(key, shape.get(_ANY)), f"{place}.{key}".lstrip("."))
             for key in keys
         ]
+    elif isinstance(shape, tuple):
+        faults = [fault(content, one, place) for one in shape]
+        return "" if "" in faults else faults[0]
     else:
         return "" if isinstance(content, shape) else place
     return next(filter(None, (fault(*part) for part in parts)), "")

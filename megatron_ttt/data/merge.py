@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
-from megatron_ttt.data.indexed import Index, IndexedWriter, bin_path, idx_path, token_dtype
+from megatron_ttt.data.concatenation import Concatenation, Part
+from megatron_ttt.data.indexed import Index, IndexWriter, bin_path, idx_path, token_dtype
 from megatron_ttt.data.partial_file import remove_partials
 from megatron_ttt.data.source import Shard
 from megatron_ttt.data.tasks import Counts
@@ -19,7 +18,6 @@ from megatron_ttt.data.workspace import VERSION, Plan, Workspace, publish_json, 
 from megatron_ttt.errors import UserError
 
 _COPY_BYTES = 4 << 20
-_NO_DOCUMENTS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -64,54 +62,75 @@ def planned_outputs(output_prefix: str, plan: Plan) -> list[Output]:
     return outputs
 
 
-def merge_tasks(workspace: Workspace, plan: Plan, on_error: str = "fail") -> dict:
+def merge_tasks(workspace: Workspace, plan: Plan, on_error: str = "fail", workers: int = 1) -> dict:
     """Publish the datasets of a plan whose tasks are all done; the final manifest.
 
-    Raises `UserError` for a shard that is not done, a part that is damaged, and a dataset without
-    a token. Skipped shards are accepted with `on_error` "skip".
+    The parts go as they are copied. Raises `UserError` for a shard that is not done, a part that is
+    damaged, and a dataset without a token. Skipped shards are accepted with `on_error` "skip".
     """
     manifests = _load_manifests(workspace, plan, on_error)
     outputs = planned_outputs(workspace.output_prefix, plan)
-    parent = Path(workspace.output_prefix).parent
     for output in outputs:
-        remove_partials(parent, f"{Path(output.prefix).name}.")
+        _refuse_empty(workspace, output, manifests)
+        remove_partials(Path(output.prefix).parent, f"{Path(output.prefix).name}.")
     dtype = token_dtype(plan.options["vocab_size"])
-    writers: list[IndexedWriter] = []
+    indexes: list[IndexWriter] = []
+    bins: list[Concatenation] = []
     results = {}
     try:
         for output in outputs:
-            writers.append(IndexedWriter(output.prefix, dtype))
+            indexes.append(IndexWriter(output.prefix, dtype))
             for shard in output.shards:
-                _append(workspace, shard, output.stream, manifests[shard.url], writers[-1])
-            skipped = [manifests[shard.url]["skipped"] for shard in output.shards]
-            if all(skipped):
-                raise UserError(
-                    f"{output.prefix} would hold nothing: all of its shards, {len(skipped)}, were "
-                    f"skipped, the first as {skipped[0]}; mend them, or give fewer --groups"
-                )
-            if writers[-1].tokens == 0:
-                where = f"in the {output.split} split of " if output.split else "in "
-                raise UserError(
-                    f"no tokens under the key {output.key!r} {where}{workspace.output_prefix}; "
-                    "check --input and --json-keys"
-                )
+                _append(workspace, shard, output.stream, manifests[shard.url], indexes[-1])
+            parts = _parts(workspace, output, manifests)
+            bins.append(Concatenation(bin_path(output.prefix), workspace.folder, parts))
+            _refuse_damaged(workspace, output, parts, bins[-1].copy(workers))
             results[Path(output.prefix).name] = {
-                "documents": writers[-1].documents,
-                "tokens": writers[-1].tokens,
+                "documents": indexes[-1].documents,
+                "tokens": indexes[-1].tokens,
                 "split": output.split,
                 "key": output.key,
                 "shards": [shard.url for shard in output.shards],
-            } | writers[-1].finish()
+                "bin": {
+                    "size": sum(part.size for part in parts),
+                    "parts": [{"size": part.size, "sha256": part.sha256} for part in parts],
+                },
+                "idx": indexes[-1].finish(),
+            }
         workspace.final_manifest.unlink(missing_ok=True)
-        for writer in writers:
-            writer.publish()
+        for index, tokens in zip(indexes, bins):
+            index.publish(tokens.publish)
     finally:
-        for writer in writers:
-            writer.discard()
+        for index in indexes:
+            index.discard()
     final = _final_manifest(plan, list(manifests.values()), results)
     publish_json(workspace.final_manifest, final)
     workspace.remove()
     return final
+
+
+def _refuse_empty(workspace: Workspace, output: Output, manifests: dict[str, dict]) -> None:
+    skipped = [manifests[shard.url]["skipped"] for shard in output.shards]
+    if all(skipped):
+        raise UserError(
+            f"{output.prefix} would hold nothing: all of its shards, {len(skipped)}, were "
+            f"skipped, the first as {skipped[0]}; mend them, or give fewer --groups"
+        )
+    if not any(manifests[shard.url]["streams"][output.stream]["tokens"] for shard in output.shards):
+        where = f"in the {output.split} split of " if output.split else "in "
+        raise UserError(
+            f"no tokens under the key {output.key!r} {where}{workspace.output_prefix}; "
+            "check --input and --json-keys"
+        )
+
+
+def _parts(workspace: Workspace, output: Output, manifests: dict[str, dict]) -> list[Part]:
+    parts = []
+    for shard in output.shards:
+        expected = manifests[shard.url]["streams"][output.stream]["bin"]
+        prefix = workspace.part_prefix(shard, output.stream)
+        parts.append(Part(prefix, expected["size"], expected["sha256"]))
+    return parts
 
 
 def _load_manifests(workspace: Workspace, plan: Plan, on_error: str) -> dict[str, dict]:
@@ -128,26 +147,34 @@ def _load_manifests(workspace: Workspace, plan: Plan, on_error: str) -> dict[str
 
 
 def _append(
-    workspace: Workspace, shard: Shard, stream: str, manifest: dict, writer: IndexedWriter
+    workspace: Workspace, shard: Shard, stream: str, manifest: dict, index: IndexWriter
 ) -> None:
-    """Append the part of a shard, and hold it against the checksums of its manifest."""
-    expected = manifest["streams"][stream]
+    """Append the documents of a shard to an index."""
     prefix = workspace.part_prefix(shard, stream)
-    sound = file_sha256(idx_path(prefix)) == expected["idx"]["sha256"]
-    if sound:
-        for lengths in Index(prefix).tokens_per_document():
-            writer.append(b"", lengths)
-        tokens = hashlib.sha256()
-        for chunk in read_chunks(bin_path(prefix)):
-            tokens.update(chunk)
-            writer.append(chunk, _NO_DOCUMENTS)
-        sound = tokens.hexdigest() == expected["bin"]["sha256"]
-    if not sound:
+    expected = manifest["streams"][stream]
+    if file_sha256(idx_path(prefix)) != expected["idx"]["sha256"]:
+        _begin_anew(workspace, [shard], prefix)
+    for lengths in Index(prefix).tokens_per_document():
+        index.append(lengths)
+
+
+def _refuse_damaged(
+    workspace: Workspace, output: Output, parts: list[Part], damaged: list[Part]
+) -> None:
+    if damaged:
+        shards = [shard for shard, part in zip(output.shards, parts) if part in damaged]
+        _begin_anew(workspace, shards, damaged[0].prefix)
+
+
+def _begin_anew(workspace: Workspace, shards: Sequence[Shard], prefix: Path) -> None:
+    """Let the next run do shards again, of which the part `prefix` is damaged."""
+    for shard in shards:
         workspace.start_task(shard)
-        raise UserError(
-            f"{prefix} is damaged (its checksum is not its manifest's); run the same command "
-            "again: it does this shard anew"
-        )
+    more = f", {len(shards) - 1} more too" if len(shards) > 1 else ""
+    raise UserError(
+        f"{prefix} is damaged (its checksum is not its manifest's{more}); run the same command "
+        "again: it does this shard anew"
+    )
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

@@ -33,24 +33,31 @@ class PartialFile:
 
     def flush(self) -> None:
         """Bring the content to the disk, still under the partial name."""
+        if self.stream.closed:
+            return
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
 
     def publish(self) -> None:
         """Rename a flushed file into place, and bring the renaming to the disk."""
-        os.replace(self._partial, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        rename_durably(self._partial, self.path)
 
     def discard(self) -> None:
         """Remove what was written; nothing happens after `publish`."""
         with suppress(OSError):  # a full disk once more, while the buffer is flushed
             self.stream.close()
         self._partial.unlink(missing_ok=True)
+
+
+def rename_durably(path: Path, name: Path) -> None:
+    """Give a file another name, and bring that to the disk."""
+    os.replace(path, name)
+    directory = os.open(name.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
@@ -64,9 +71,14 @@ def publish_bytes(path: Path, content: bytes) -> None:
         file.discard()
 
 
+def partial_suffix(process: int) -> str:
+    """What a process of this machine adds to the name of a file that is not whole yet."""
+    return f".{socket.gethostname()}.{process}.partial"
+
+
 def own_suffix() -> str:
-    """What this process adds to the name of a file that is not whole yet."""
-    return f".{socket.gethostname()}.{os.getpid()}.partial"
+    """What this process adds."""
+    return partial_suffix(os.getpid())
 
 
 def remove_partials(folder: Path, prefix: str = "", suffix: str = ".partial") -> None:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ttt.data.encoder import Encoder, Options
-from megatron_ttt.data.local_engine import encode_in_order
+from megatron_ttt.data.local_engine import available_cpus, run_locally
 from megatron_ttt.data.merge import merge_tasks, planned_outputs
 from megatron_ttt.data.partial_file import refuse_existing
 from megatron_ttt.data.progress import Progress
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
 from megatron_ttt.data.signals import stop_on_signals
 from megatron_ttt.data.source import find_shards
-from megatron_ttt.data.tasks import shard_items, write_tasks
 from megatron_ttt.data.tokenizer import default_backend
 from megatron_ttt.data.workspace import Plan, Workspace, refuse_other_options
 from megatron_ttt.errors import UserError
@@ -110,13 +109,10 @@ def preprocess(
 
                 run_on_ray(workspace, todo, options, plan.options, on_error, progress)
             else:
-                items = encode_in_order(shard_items(todo, options), encoder, workers)
-                write_tasks(
-                    workspace, todo, items, options, plan.options, encoder.dtype, on_error, progress
-                )
+                run_locally(workspace, todo, encoder, plan.options, on_error, progress, workers)
             if array:
                 return None
-            final = merge_tasks(workspace, plan, on_error)
+            final = merge_tasks(workspace, plan, on_error, workers)
             progress.note(_published(final))
             return _summary(final)
         finally:
@@ -134,7 +130,7 @@ def merge(output_prefix: str, on_error: str = "fail") -> Summary:
         with workspace.locked():
             plan = workspace.load_plan()
             if plan is not None:
-                final = merge_tasks(workspace, plan, on_error)
+                final = merge_tasks(workspace, plan, on_error, available_cpus())
                 print(_published(final), file=sys.stderr)
                 return _summary(final)
     final = workspace.load_final()

@@ -4,11 +4,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from megatron_ttt.data.encoder import EncodedBlock
 from megatron_ttt.data.source import Shard
 from megatron_ttt.data.tasks import Counts, Listener
 from megatron_ttt.errors import UserError
@@ -25,9 +24,10 @@ class Progress(Listener):
 
     def __init__(self, log: Path, shards: Sequence[Shard]) -> None:
         self.start = self._printed = time.perf_counter()
-        self._finished, self._current = Counts(), Counts()
+        self._finished = Counts()
+        self._current: dict[str, tuple[Counts, int]] = {}  # by shard: so far, and its position
         self._shards, self._bytes = len(shards), sum(shard.size for shard in shards)
-        self._finished_shards = self._finished_bytes = self._position = 0
+        self._finished_shards = self._finished_bytes = 0
         self._notes = 0
         self._width = 0
         try:
@@ -36,9 +36,10 @@ class Progress(Listener):
         except OSError as error:
             raise UserError(f"cannot write {log}: {error.strerror}") from error
 
-    def block(self, shard: Shard, block: EncodedBlock) -> None:
-        self._current.add_block(block)
-        self._position = block.position
+    def block(self, shard: Shard, counts: Counts, position: int) -> None:
+        before, _ = self._current.get(shard.url, (Counts(), 0))
+        before.add(counts)
+        self._current[shard.url] = before, position
         self._print_now_and_then()
 
     def task(self, shard: Shard, manifest: dict) -> None:
@@ -46,7 +47,7 @@ class Progress(Listener):
         self._finished.add_manifest(manifest)
         self._finished_shards += 1
         self._finished_bytes += shard.size
-        self._current, self._position = Counts(), 0
+        self._current.pop(shard.url, None)
         documents, malformed = manifest["documents"], manifest["malformed"]
         outcome = "skipped" if manifest["skipped"] else "done"
         self.log(f"{shard}: {outcome}, {documents} documents, {malformed} malformed lines")
@@ -80,7 +81,7 @@ class Progress(Listener):
 
     def close(self) -> None:
         """Say what became of it, if anything did."""
-        if self._finished_shards or self._current.documents:
+        if self._finished_shards or self._current:
             line, _ = self._lines()
             self.log(line)
             self._write_stderr(line)
@@ -93,8 +94,9 @@ class Progress(Listener):
     def _lines(self) -> tuple[str, str]:
         """All there is to say, and what fits a terminal."""
         seconds = time.perf_counter() - self.start
-        finished, current = asdict(self._finished), asdict(self._current)
-        counts = Counts(**{name: finished[name] + current[name] for name in finished})
+        counts = replace(self._finished)
+        for current, _ in self._current.values():
+            counts.add(current)
         megabytes = counts.text_bytes / 1e6
         documents, text, tokens = (
             count / seconds for count in (counts.documents, megabytes, counts.tokens)
@@ -117,7 +119,8 @@ class Progress(Listener):
 
     def _time_left(self) -> str:
         if self._bytes:
-            done = min(1.0, (self._finished_bytes + self._position) / self._bytes)
+            under_way = sum(position for _, position in self._current.values())
+            done = min(1.0, (self._finished_bytes + under_way) / self._bytes)
         else:
             done = self._finished_shards / max(1, self._shards)
         if not done:

@@ -6,7 +6,7 @@ finished and published first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -38,12 +38,19 @@ class Counts:
     malformed: int = 0
     skipped_shards: int = 0
 
-    def add_block(self, block: EncodedBlock) -> None:
-        self.documents += block.documents
-        self.tokens += sum(int(lengths.sum()) for _, lengths in block.streams)
-        self.text_bytes += block.text_bytes
-        self.empty += block.empty
-        self.malformed += len(block.malformed)
+    @staticmethod
+    def of_block(block: EncodedBlock) -> "Counts":
+        return Counts(
+            documents=block.documents,
+            tokens=sum(int(lengths.sum()) for _, lengths in block.streams),
+            text_bytes=block.text_bytes,
+            empty=block.empty,
+            malformed=len(block.malformed),
+        )
+
+    def add(self, other: "Counts") -> None:
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
     def add_manifest(self, manifest: dict) -> None:
         self.documents += manifest["documents"]
@@ -57,8 +64,8 @@ class Counts:
 class Listener:
     """What hears of the work as it goes on; `Progress` is one."""
 
-    def block(self, shard: Shard, block: EncodedBlock) -> None:
-        """A block was written."""
+    def block(self, shard: Shard, counts: Counts, position: int) -> None:
+        """A block was written: what it holds, and where in the stored shard it ends."""
 
     def task(self, shard: Shard, manifest: dict) -> None:
         """A shard is done."""
@@ -143,8 +150,9 @@ class _TaskWriter:
             self._listener.note(f"skipped {message}")
         for writer, (tokens, lengths) in zip(self._writers.values(), block.streams):
             writer.append(tokens, lengths)
-        self._counts.add_block(block)
-        self._listener.block(self._shard, block)
+        counts = Counts.of_block(block)
+        self._counts.add(counts)
+        self._listener.block(self._shard, counts, block.position)
 
     def finish(self, end: ShardRead | ShardFailed) -> None:
         reason = end.reason if isinstance(end, ShardFailed) else ""

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ttt.data.build import Dataset, open_run, run_tokenizer
+from megatron_ttt.data.concatenation import differing_part
 from megatron_ttt.data.encoder import Encoder, Options
 from megatron_ttt.data.indexed import CHUNK_DOCUMENTS, bin_path, idx_path
-from megatron_ttt.data.merge import file_sha256
+from megatron_ttt.data.local_engine import available_cpus
 from megatron_ttt.data.reader import Block, parse_block, read_blocks
 from megatron_ttt.data.source import Shard
 from megatron_ttt.data.workspace import stream_name
@@ -61,7 +62,7 @@ def _check_files(dataset: Dataset) -> None:
                 f"{path} has {path.stat().st_size} bytes where its manifest says "
                 f"{expected['size']}; build it again with --overwrite"
             )
-        if file_sha256(path) != expected["sha256"]:
+        if differing_part(path, expected.get("parts") or [expected], available_cpus()) is not None:
             raise UserError(
                 f"{path} is damaged (its checksum is not its manifest's); build it again with "
                 "--overwrite"

@@ -3,6 +3,7 @@
     plan.json                 options and shards of the run; others are refused
     TASK_STREAM.{bin,idx}     the shard's documents, a Megatron dataset of its own
     TASK.manifest.json        published last: the task is done
+    TASK_STREAM.copied        in place of its .bin: where in the merged one it is (concatenation)
     lock                      held with flock by whoever works here; gone with its holder
 
 Everything appears by fsync and rename. `PREFIX.manifest.json` beside the merged datasets says what
@@ -10,6 +11,7 @@ they were made from; it is published behind them, and then the folder goes.
 """
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_ttt.data.indexed import bin_path, idx_path
-from megatron_ttt.data.manifests import FINAL, PLAN, TASK, fault
+from megatron_ttt.data.manifests import COPIED, FINAL, PLAN, TASK, fault
 from megatron_ttt.data.partial_file import own_suffix, publish_bytes, refuse_folder, remove_partials
 from megatron_ttt.data.source import Shard
 from megatron_ttt.errors import UserError
@@ -112,6 +114,8 @@ class Workspace:
         for stream, counts in manifest["streams"].items():
             prefix = self.part_prefix(shard, stream)
             for path, file in ((bin_path(prefix), "bin"), (idx_path(prefix), "idx")):
+                if file == "bin" and not path.exists() and copied_path(prefix).exists():
+                    continue
                 if not path.exists() or path.stat().st_size != counts[file]["size"]:
                     return None
         return manifest
@@ -119,6 +123,8 @@ class Workspace:
     def start_task(self, shard: Shard) -> None:
         """Forget what an earlier attempt left."""
         self.manifest_path(shard).unlink(missing_ok=True)
+        for path in self.folder.glob(f"{glob.escape(self.task_name(shard))}_*.copied"):
+            path.unlink()
 
     def publish_manifest(self, shard: Shard, manifest: dict) -> None:
         publish_json(self.manifest_path(shard), manifest)
@@ -232,6 +238,17 @@ def load_json(path: Path, shape: dict = FINAL) -> dict | None:
     if place := fault(content, shape):
         raise UserError(f"{path} is damaged ({place}); remove it to begin again")
     return content
+
+
+def copied_path(prefix: Path) -> Path:
+    """What says that the .bin of a part is in its place already."""
+    return Path(f"{prefix}.copied")
+
+
+def load_copied(prefix: Path) -> dict | None:
+    """Where that place is."""
+    content = load_json(copied_path(prefix), COPIED)
+    return content and {name: content[name] for name in COPIED}
 
 
 def publish_json(path: Path, content: dict) -> None:

@@ -67,7 +67,8 @@ def test_a_bad_line(run, tmp_path, line, reason, capsys):
     options = {"max_document_bytes": 200_000 if line[:2] == b"[[" else 3000, "workers": workers}
     with pytest.raises(UserError, match=rf"b\.json:14: .*{reason}.*--on-error skip"):
         run(tmp_path / "b.json", **options)
-    assert is_done(tmp_path, "a.json")
+    # With two workers it may have been under way.
+    assert workers == 2 or is_done(tmp_path, "a.json")
     assert not is_done(tmp_path, "b.json")
     summary = run(tmp_path / "b.json", on_error="skip", **options)
     assert (summary.documents, summary.malformed_lines) == (40, 1)

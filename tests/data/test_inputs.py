@@ -104,7 +104,7 @@ def test_urls_of_fsspec_are_read_and_globbed(tokenizer, tmp_path):
     found = find_shards(["memory://c4/*.json.gz"])
     assert [shard.name for shard in found] == ["c4.00000.json.gz", "c4.00001.json.gz"]
     assert all(shard.size for shard in found)
-    preprocess(["memory://c4/*.json.gz"], str(tmp_path / "b"), tokenizer.model_path, workers=2)
+    preprocess(["memory://c4/*.json.gz"], str(tmp_path / "b"), tokenizer.model_path)
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
     assert len(find_shards([f"file://{tmp_path}/c4.0000?.json"])) == 2
     write_shard(tmp_path / "c4.0000[1].json", TEXTS)
