@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 from launch_helpers import (
     STEPS,
     Node,
@@ -15,6 +17,7 @@ from launch_helpers import (
     two_nodes,
     wait_until,
 )
+from test_command_line import data, options  # noqa: F401
 
 pytestmark = pytest.mark.nodes
 CONTAINER = kubernetes_container()
@@ -97,6 +100,34 @@ def test_a_refusal_ends_both_nodes(nodes, overrides, tmp_path):
     wait_until(lambda: None not in [script.poll() for script in scripts], 100, log.read_text)
     assert [script.wait() for script in scripts] == [2, 2], log.read_text()[-6000:]
     assert "error: no checkpoint at nothing" in log.read_text()
+
+
+def test_cache_folders_of_their_own(nodes, data, tmp_path):  # noqa: F811
+    """Each node mounts another folder under data.cache_dir; one was filled by --build-index."""
+    seen, own = tmp_path / "seen", [tmp_path / "of-node-0", tmp_path / "of-node-1"]
+    for folder in (seen, *own):
+        folder.mkdir()
+    recipe = options(data, tmp_path / "run", TENSOR_PARALLEL, f"data.cache_dir={seen}")
+    recipe = ["--config", "yaml_recipes/debug_cpu.yaml", *recipe]
+
+    def mounting(folder: Path) -> list:
+        mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mount, folder, seen]
+
+    build = [sys.executable, "pretrain_ttt.py", *recipe, "--build-index"]
+    built = subprocess.check_output([*mounting(own[1]), *build], cwd=ROOT, text=True)
+    assert f"sequences in {seen}" in built
+    before = {path.name: path.stat().st_mtime_ns for path in own[1].glob("*.npy")}
+    assert before
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    scripts = [
+        begin(node, nodes[0], [*mounting(folder), *CONTAINER["command"], *recipe], log)
+        for node, folder, log in zip(nodes, own, logs)
+    ]
+    assert [script.wait() for script in scripts] == [0, 0], logs[1].read_text()[-6000:]
+    assert {path.name: path.stat().st_mtime_ns for path in own[1].glob("*.npy")} == before
+    assert {path.name for path in own[0].glob("*.npy")} == before.keys()
+    assert not list(seen.iterdir())
 
 
 def replicas(run_dir: Path, step: int) -> int:

@@ -40,6 +40,8 @@ class Concatenation:
 
     def copy(self, threads: int) -> list[Part]:
         """Bring the parts to their places; those that are not what their manifests say."""
+        if not self._file.exists() and self._has_its_name():
+            self._file = self._path
         target = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
         pool = ThreadPoolExecutor(threads)
         try:
@@ -49,6 +51,11 @@ class Concatenation:
         finally:
             pool.shutdown(cancel_futures=True)
             os.close(target)
+
+    def _has_its_name(self) -> bool:
+        """Whether a run got as far as `publish` before it was killed."""
+        copied = not any(bin_path(part.prefix).exists() for part in self._parts)
+        return copied and self._path.exists() and self._path.stat().st_size == self._total
 
     def _place(self, target: int, part: Part, offset: int) -> bool:
         """Copy a part, or look at the one in place; whether it is sound."""
@@ -78,7 +85,8 @@ class Concatenation:
 
     def publish(self) -> None:
         """Give the file its name."""
-        rename_durably(self._file, self._path)
+        if self._file != self._path:
+            rename_durably(self._file, self._path)
 
 
 def _checksum(read: Callable[[int], bytes]) -> tuple[int, str]:

@@ -57,6 +57,6 @@ def test_an_entry_whose_record_is_damaged_is_built_again(tmp_path):
         assert record.read_text() == whole
 
 
-def test_a_cache_that_this_rank_does_not_see_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"name a folder that all nodes see in data\.cache_dir"):
+def test_a_cache_that_is_emptied_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"name another folder in data\.cache_dir"):
         load_arrays(tmp_path / "entry", "order")

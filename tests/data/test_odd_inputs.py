@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_helpers import make_texts, pair, write_shard
 
-from megatron_ttt.data.indexed import IndexedWriter
+from megatron_ttt.data import concatenation
 from megatron_ttt.data.inspection import stats
 from megatron_ttt.data.preprocess import merge, preprocess
 from megatron_ttt.data.reader import MalformedLines, read_documents
@@ -148,25 +148,28 @@ def test_parquet_from_a_server_that_tells_no_length(tokenizer, tmp_path):
     assert pair(tmp_path / "a_text_document") == pair(tmp_path / "b_text_document")
 
 
-def test_overwrite_keeps_the_old_output_until_the_new_one_is_published(
-    tokenizer, tmp_path, monkeypatch
-):
-    """The page says how much of the disk that takes: the tokens three times."""
-    shard = write_shard(tmp_path / "a.json", TEXTS)
-    run = ([str(shard)], str(tmp_path / "c4"), tokenizer.model_path)
+def test_the_disk_holds_the_tokens_once_and_what_is_under_way(tokenizer, tmp_path, monkeypatch):
+    """The page says so; with --overwrite the old output too, until the new one is there."""
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.json", 40 * TEXTS)
+    run = ([str(tmp_path / "?.json")], str(tmp_path / "c4"), tokenizer.model_path)
+    put, seen = concatenation.publish_json, []
+
+    def allocated() -> int:
+        files = [path for path in tmp_path.rglob("*") if ".bin" in path.name]
+        return sum(512 * path.stat().st_blocks for path in files)
+
+    def record(path, content):
+        seen.append(allocated())
+        put(path, content)
+
+    monkeypatch.setattr(concatenation, "publish_json", record)
     preprocess(*run)
-    tokens = (tmp_path / "c4_text_document.bin").stat().st_size
-    publish, seen = IndexedWriter.publish, []
-
-    def record(writer):
-        writer.finish()
-        found = [path for path in tmp_path.rglob("*") if ".bin" in path.name]
-        seen.append(sum(path.stat().st_size for path in found))
-        publish(writer)
-
-    monkeypatch.setattr(IndexedWriter, "publish", record)
+    output, part = allocated(), allocated() / 4
+    assert output > 1e6 and len(seen) == 4
+    assert max(seen) < output + 1.05 * part
     preprocess(*run, overwrite=True)
-    assert seen == [2 * tokens, 3 * tokens]
+    assert len(seen) == 8 and max(seen) < 2 * output + 1.05 * part
 
 
 def test_a_unigram_model_with_its_control_tokens_as_pieces_says_what_to_use(tmp_path):

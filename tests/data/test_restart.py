@@ -13,7 +13,7 @@ import pytest
 from data_helpers import make_texts, pair, write_shard
 from kill_preprocess import kill_test
 
-from megatron_ttt.data import tasks
+from megatron_ttt.data import concatenation, tasks
 from megatron_ttt.data.partial_file import PartialFile
 from megatron_ttt.data.preprocess import merge, preprocess
 from megatron_ttt.data.workspace import Workspace
@@ -168,20 +168,73 @@ def test_manifests_say_what_a_shard_was_made_from(corpus, tmp_path, stop_at_shar
 
 def test_a_crash_of_the_merge_is_made_good(corpus, tmp_path, monkeypatch):
     expected = reference(corpus, tmp_path)
-    publish = PartialFile.publish
-    for victim in ("c4_text_document.bin", "c4_text_document.idx", "c4.manifest.json"):
+    publish, put, read = PartialFile.publish, concatenation.publish_json, []
 
-        def crash(self, victim=victim):
+    def break_at(victim: str) -> None:
+        """Crash where a file is to get its name, or when the n-th part is in its place."""
+
+        def crash(self):
             if self.path.name == victim:
                 raise Broken
             publish(self)
 
-        monkeypatch.setattr(PartialFile, "publish", crash)
+        def crash_in_place(path, content):
+            if len(list(path.parent.glob("*.copied"))) == int(victim):
+                raise Broken
+            put(path, content)
+
+        patch = monkeypatch.setattr
+        patch(PartialFile, "publish", crash)
+        patch(concatenation, "publish_json", crash_in_place if victim.isdigit() else put)
+        if victim.endswith(".bin"):
+            patch(concatenation.Concatenation, "publish", crash_always)
+
+    def crash_always(self):
+        raise Broken
+
+    really = concatenation.Concatenation.publish
+    for victim in ("1", "2", "c4_text_document.bin", "c4_text_document.idx", "c4.manifest.json"):
+        break_at(victim)
         with pytest.raises(Broken):
             preprocess(*corpus)
-    monkeypatch.setattr(PartialFile, "publish", publish)
+        monkeypatch.setattr(concatenation.Concatenation, "publish", really)
+        parts = list((tmp_path / "c4.tasks").glob("*.bin"))
+        if victim.isdigit():
+            assert len(parts) == 3 - int(victim) + 1  # and the file they are copied to
+            assert not Path(f"{corpus[1]}_text_document.bin").exists()
+        if victim == "1":
+            monkeypatch.setattr(tasks, "read_blocks", read.append)  # nothing is read again
+    break_at("")
     preprocess(*corpus)
-    assert pair(f"{corpus[1]}_text_document") == expected
+    assert pair(f"{corpus[1]}_text_document") == expected and not read
+
+
+def test_parts_in_other_places_are_made_again(corpus, tmp_path, monkeypatch):
+    """More shards, or a damaged file, move what was copied before: no wrong bytes come of it."""
+    real = concatenation.Concatenation.publish
+
+    def crash(self):
+        raise Broken
+
+    def leave_copied() -> None:
+        monkeypatch.setattr(concatenation.Concatenation, "publish", crash)
+        with pytest.raises(Broken):
+            preprocess(*corpus)
+        monkeypatch.setattr(concatenation.Concatenation, "publish", real)
+
+    leave_copied()
+    write_shard(tmp_path / "c4-train.00000b.json.gz", make_texts(60, seed=9))
+    with pytest.raises(UserError, match=r"c4-train\.00000\.\S*text is damaged .* 2 more too"):
+        preprocess(*corpus)
+    leave_copied()
+    merged = tmp_path / "c4.tasks/c4_text_document.bin"
+    content = bytearray(merged.read_bytes())
+    content[-1] ^= 1
+    merged.write_bytes(content)
+    with pytest.raises(UserError, match=r"c4-train\.00002\S*text is damaged"):
+        preprocess(*corpus)
+    preprocess(*corpus)
+    assert pair(f"{corpus[1]}_text_document") == reference(corpus, tmp_path)
 
 
 def test_manifests_go_before_the_files_they_name(corpus, stop_at_shard, monkeypatch):
