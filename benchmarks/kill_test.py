@@ -3,12 +3,12 @@
 
     python benchmarks/kill_test.py --kills 200 [--forked] [--output FILE.json]
 
-A small model is trained at TP2, at DP2 and at TP2 with background saves, first undisturbed, then
-again and again under SIGKILLs: half of them hit a single rank, half the launcher and all its ranks;
-at least half come while a save is under way, those evenly on one and on all. After each, the same
-command is given again. In the end losses, gradient norms, metrics and every tensor of the last
-checkpoint must be the undisturbed run's, to the last bit. Ends with its tally; exit code 1 if
-anything differs or there were fewer kills than asked for.
+A small model is trained at TP2 and at DP2, with saves at once and in the background, first
+undisturbed, then again and again under SIGKILLs: half of them hit a single rank, half the launcher
+and all its ranks; at least half come while a save is under way, those evenly on one and on all.
+After each, the same command is given again. In the end losses, gradient norms, metrics and every
+tensor of the last checkpoint must be the undisturbed run's, to the last bit. Ends with its tally;
+exit code 1 if anything differs or there were fewer kills than asked for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ RECIPE = "yaml_recipes/debug_cpu.yaml"
 FORK = multiprocessing.get_context("fork")
 STEPS, SAVE_EVERY = 40, 2
 TP2 = ["parallel.tensor_model_parallel_size=2"]
-SETUPS = {"TP2": TP2, "DP2": [], "TP2 background": [*TP2, "checkpoint.asynchronous=true"]}
+BACKGROUND = ["checkpoint.asynchronous=true"]
+SETUPS = {
+    "TP2": TP2,
+    "DP2": [],
+    "TP2 background": [*TP2, *BACKGROUND],
+    "DP2 background": BACKGROUND,
+}
 
 
 @dataclass

@@ -9,7 +9,8 @@ in memory already. The build: the whole command, from the start of Python to the
 .idx, with SentencePiece and, where it is installed, with gigatoken; each is a new process with new
 workers, so their caches are cold. The sides take turns; the ratios are of medians, in wall time and
 in CPU time (user and system, all processes). On a machine with other work (see load_average) wall
-time favours the side with more processes.
+time favours the side with more processes. The CPU seconds a megabyte of parent and workers, their
+start left out, give the hours that C4's English part would take on more cores.
 """
 
 from __future__ import annotations
@@ -50,13 +51,48 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - started, cpu_seconds() - cpu
 
 
-def build(inputs: list[str], model: str, backend: str, workers: int) -> None:
-    """One build into a new folder."""
+C4_MEGABYTES = 806_868
+"""Text of C4's English part: https://www.tensorflow.org/datasets/catalog/c4."""
+CORES = (2, 64, 256)
+WHO_WORKED = """if True:
+    import atexit, json, resource, runpy, sys
+    output, sys.argv = sys.argv[1], sys.argv[2:]
+
+    def tell():
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        with open(output, "w") as file:
+            json.dump([usage.ru_utime + usage.ru_stime for usage in usages], file)
+
+    atexit.register(tell)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script; writes the CPU seconds of its process and of those it has waited for."""
+
+
+def build(inputs: list[str], model: str, backend: str, workers: int) -> list[float]:
+    """One build into a new folder; the CPU seconds of the parent and of all workers."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, TOOL, "--input", *inputs, "--output-prefix", f"{folder}/c4"]
+        command = [sys.executable, "-c", WHO_WORKED, f"{folder}/seconds", TOOL]
+        command += ["--input", *inputs, "--output-prefix", f"{folder}/c4"]
         command += ["--tokenizer-model", model, "--tokenizer-backend", backend]
         command += ["--append-eod", "--workers", str(workers)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return json.loads(Path(f"{folder}/seconds").read_text())
+
+
+def scaling(inputs: list[str], model: str, workers: int, megabytes: float) -> dict:
+    """CPU seconds a megabyte of parent and workers, between the first input and all of them, and
+    the hours for C4 that follow: of the workers where they are many, of the parent in the end."""
+    first = find_shards(inputs)[:workers]
+    text = sum(len(t.encode()) for t in read_documents(first, MalformedLines())) / 1e6
+    whole = build(inputs, model, "sentencepiece", workers)
+    part = build([shard.url for shard in first], model, "sentencepiece", workers)
+    parent, worker = ((a - b) / (megabytes - text) for a, b in zip(whole, part))
+    hours = {cores: C4_MEGABYTES * max(worker / cores, parent) / 3600 for cores in CORES}
+    return {
+        "cpu_seconds_a_megabyte": {"parent": round(parent, 6), "worker": round(worker, 6)},
+        "c4_hours_by_cores": {str(cores): round(h, 2) for cores, h in hours.items()},
+    }
 
 
 def main() -> None:
@@ -110,6 +146,7 @@ def main() -> None:
         },
         "seconds_wall_cpu": {side: [round(x, 2) for x in pair] for side, pair in medians.items()},
         "ratio_to_bare": ratios,
+        **scaling(args.input, args.tokenizer_model, args.workers, megabytes),
     }
     print(json.dumps(report, indent=1))
     if args.output:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""How long training stands still for a checkpoint, written at once or in the background.
+r"""How long training stands still for a checkpoint, written at once or in the background.
 
-    python benchmarks/save_stall.py [--pairs 5] [--output FILE.json] [key.path=value ...]
+    [torchrun --nproc-per-node N] benchmarks/save_stall.py [--pairs 5] [--output FILE.json] \
+        [key.path=value ...]
 
 Trains yaml_recipes/ttt_linear_125m.yaml on random tokens, in sequences and batches of a CPU's
 size, and saves by turns at once and in the background. The stall of a background save is what
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -28,7 +31,7 @@ from megatron_ttt.config import load_config
 from megatron_ttt.training.trainer import Trainer, start
 
 RECIPE = Path(__file__).parent.parent / "yaml_recipes/ttt_linear_125m.yaml"
-SEQUENCE, BATCH = 64, 1
+SEQUENCE = 64
 
 
 def main() -> None:
@@ -41,8 +44,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        figures = measure(Path(scratch), arguments.pairs, arguments.overrides)
+    # One name for all ranks, which have one parent.
+    folder = Path(tempfile.gettempdir()) / f"save-stall-{os.getppid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        figures = measure(folder, arguments.pairs, arguments.overrides)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if int(os.environ.get("RANK", "0")):
+        return
     print(json.dumps(figures, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
@@ -50,15 +60,15 @@ def main() -> None:
 
 def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
     """Seconds of stall, by kind of save."""
-    random = np.random.default_rng(0)
-    np.save(folder / "tokens.npy", random.integers(2, 32000, (1, BATCH, SEQUENCE + 1)))
+    random, ranks = np.random.default_rng(0), int(os.environ.get("WORLD_SIZE", "1"))
+    np.save(folder / "tokens.npy", random.integers(2, 32000, (1, ranks, SEQUENCE + 1)))
     common = [
         f"data.fixed_batches={folder}/tokens.npy",
         "data.train=[]",
         "data.validation=[]",
         "data.tokenizer_model=null",
         f"training.seq_length={SEQUENCE}",
-        f"training.global_batch_size={BATCH}",
+        f"training.global_batch_size={ranks}",
         "training.micro_batch_size=1",
         f"run.dir={folder}/run",
         "run.device=cpu",
