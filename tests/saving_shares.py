@@ -66,7 +66,7 @@ def measured(work: Callable[[], object]) -> dict[str, int]:
     ):
         work()
     held = memory("VmHWM") - before
-    return {"held": held, "sent": sum(sizes), "largest": max(sizes)}
+    return {"held": held, "sent": sum(sizes), "largest": max(sizes, default=0)}
 
 
 def main() -> None:

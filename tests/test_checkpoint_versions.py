@@ -79,6 +79,9 @@ def test_a_checkpoint_without_a_version_is_loaded(build_trainer, recipe, run_dir
     assert build_trainer(*recipe, f"run.dir={run_dir}").step == 1
 
 
+@pytest.mark.skipif(
+    not compat.mcore_version().startswith("0.16"), reason="0.19 asks for none of it"
+)
 def test_one_of_a_newer_version_that_does_not_say_so(build_trainer, recipe, run_dir):
     """What is left out is what 0.19 leaves out, and what any version asks for."""
     checkpoint = run_dir / "checkpoint-1"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 import socket
 import sys
@@ -90,7 +91,9 @@ def test_clocks_that_disagree():
     assert problems(findings) == [] and verdicts == [True, True]
     findings, verdicts = two_local_checks(clock=lambda: time.time() - 30)
     (problem,) = problems(findings)
-    assert "its clock is 30.0 s behind this node's" in problem and verdicts == [False, False]
+    # By what the answer takes, the measure is off.
+    behind = float(re.search(r"its clock is ([\d.]+) s behind this node's", problem)[1])
+    assert 25 < behind < 35 and verdicts == [False, False]
 
 
 def test_other_versions(monkeypatch):
