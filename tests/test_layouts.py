@@ -29,7 +29,7 @@ HERE = [layout for layout in LAYOUTS if layout not in ("dp3", "dp4")]
 """Four sequences a step and two microbatches: for two data-parallel ranks."""
 PARALLEL = HERE[1:]
 # 97 entries: tensor-parallel ranks hold padding, of which neither loss nor gradients may know.
-INITIAL = ["one", "pp2vpp2", "tp2sp", "tp2pp2"]
+INITIAL = ["one", "tp2sp", "pp2vpp2", "tp2pp2"]
 MOVED = ["tp2pp2", "tp4", "tp2sp_dp2"]
 PADDED = ["tp2", "tp2sp", "tp4", "tp2pp2"]
 
