@@ -106,6 +106,7 @@ REFUSED = [
     ("training.eval_batches=0", "training.eval_batches"),
     ("data.num_workers=-1", "data.num_workers"),
     ("model.init_std=-1", "model.init_std"),
+    ("model.hidden_size=36", "head_dim 9"),
     ("model.rope_theta=0", "model.rope_theta"),
     ("optimizer.lr=.inf", "optimizer.lr"),
     ("run.timeout_minutes=.nan", "run.timeout_minutes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_ttt.data.tokenizer_training import train_tokenizer
 
 @pytest.fixture
 def events(monkeypatch, tmp_path):
-    """What was synced and renamed so far, also in forks: inodes and (inode, new path)."""
+    """What was synced and renamed so far, also in forks: files, and (file, new path)."""
     log = tmp_path / "events"
     log.touch()
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -26,13 +27,13 @@ def events(monkeypatch, tmp_path):
 
     def noted_fsync(number):
         fsync(number)
-        note(os.fstat(getattr(number, "fileno", lambda: number)()).st_ino)
+        note(identity(os.fstat(getattr(number, "fileno", lambda: number)())))
 
     def noted(real):
         def move(source, target, **options):
-            inode = os.stat(source).st_ino
+            moved = identity(os.stat(source))
             real(source, target, **options)
-            note(inode, target)
+            note(moved, target)
 
         return move
 
@@ -46,14 +47,20 @@ def events(monkeypatch, tmp_path):
     return read
 
 
+def identity(status: os.stat_result) -> str:
+    """A file, whose inode may have been another's, of another size; a folder."""
+    size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return f"{status.st_ino}:{size}"
+
+
 def check_synced(path: Path, events: list[list[str]]) -> None:
     """`path` and all in it were synced, then renamed, then the folder it is in was synced."""
     (moved,) = [i for i, event in enumerate(events) if event[1:] == [str(path)]]
     before = {event[0] for event in events[:moved] if len(event) == 1}
     after = {event[0] for event in events[moved:] if len(event) == 1}
     for inside in [path, *path.rglob("*")]:
-        assert str(inside.stat().st_ino) in before, f"{inside} was not synced"
-    assert str(path.parent.stat().st_ino) in after, f"the name {path} was not synced"
+        assert identity(inside.stat()) in before, f"{inside} was not synced"
+    assert identity(path.parent.stat()) in after, f"the name {path} was not synced"
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -72,7 +79,8 @@ def test_a_checkpoint(build_trainer, events, tmp_path, asynchronous):
 
 
 def test_a_dataset(events, tmp_path):
-    write_shard(tmp_path / "c4.00000.json", make_texts(300, seed=0))
+    for number in range(2):
+        write_shard(tmp_path / f"c4.0000{number}.json", make_texts(300, seed=number))
     model = train_tokenizer([f"{tmp_path}/c4*"], str(tmp_path / "tokenizer"), 330)
     preprocess([f"{tmp_path}/c4*"], str(tmp_path / "out/c4"), model)
     for name in ("c4_text_document.bin", "c4_text_document.idx", "c4.manifest.json"):

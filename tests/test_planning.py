@@ -5,13 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import LAYOUTS, PROCESSES, ROOT, finish, one_here, run, torchrun
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ttt.config import check_layout, load_config
+from megatron_ttt.config import ModelConfig, check_layout, load_config
 from megatron_ttt.errors import UserError
+from megatron_ttt.ops.naive import naive_scan
 from megatron_ttt.planning import dry_run, memory_per_rank
 from megatron_ttt.planning.communication import bytes_per_step
-from megatron_ttt.planning.cost import DEVICES, checkpoint_bytes, find_device, peak_flops
+from megatron_ttt.planning.cost import (
+    DEVICES,
+    checkpoint_bytes,
+    find_device,
+    forward_flops_per_token,
+    peak_flops,
+)
 from megatron_ttt.planning.layouts import rank_layouts, step_seconds
 
 RECIPES = ROOT / "yaml_recipes"
@@ -144,6 +153,21 @@ def test_a_ranking_holds_only_what_can_be_trained_and_fits():
     assert rank_layouts(config, 1, device, 0.4, 1.0) == []
     # Where it does not fit without, it is recomputed.
     assert any(x.recompute for x in rank_layouts(config, 1, device, 0.4, 30.0))
+
+
+@pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp"])
+def test_flops_of_the_scan_are_those_of_the_naive_form(layer):
+    H, F, K, N = 2, 16, 4, 3
+    shapes = [(F, F), (1, F)] if layer == "ttt_linear" else [(F, 4 * F), (1, 4 * F), (4 * F, F)]
+    shapes += [] if layer == "ttt_linear" else [(1, F)]
+    tokens = [torch.randn(1, H, N * K, F) for _ in range(3)]
+    gates = torch.rand(1, H, N * K), torch.rand(K), torch.ones(H, F), torch.zeros(H, F)
+    with FlopCounterMode(display=False) as counter:
+        naive_scan(*tokens, *gates, tuple(torch.zeros(1, H, *shape) for shape in shapes))
+    plain = {"vocab_size": 0, "ffn_hidden_size": 0, "num_layers": 1}
+    model = ModelConfig(layer=layer, hidden_size=H * F, num_heads=H, mini_batch_size=K, **plain)
+    counted = forward_flops_per_token(model, N * K) - 8 * (H * F) ** 2  # the projections
+    assert counter.get_total_flops() == N * K * counted
 
 
 def test_step_time_is_the_flops_over_what_is_reached():
