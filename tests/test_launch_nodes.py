@@ -103,7 +103,7 @@ def test_a_refusal_ends_both_nodes(nodes, overrides, tmp_path):
 
 
 def test_cache_folders_of_their_own(nodes, data, tmp_path):  # noqa: F811
-    """Each node mounts another folder under data.cache_dir; one was filled by --build-index."""
+    """Each node mounts another folder under data.cache_dir, and fills it as --build-index does."""
     seen, own = tmp_path / "seen", [tmp_path / "of-node-0", tmp_path / "of-node-1"]
     for folder in (seen, *own):
         folder.mkdir()
@@ -114,20 +114,20 @@ def test_cache_folders_of_their_own(nodes, data, tmp_path):  # noqa: F811
         mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
         return ["unshare", "--mount", "sh", "-c", mount, folder, seen]
 
-    build = [sys.executable, "pretrain_ttt.py", *recipe, "--build-index"]
-    built = subprocess.check_output([*mounting(own[1]), *build], cwd=ROOT, text=True)
-    assert f"sequences in {seen}" in built
-    before = {path.name: path.stat().st_mtime_ns for path in own[1].glob("*.npy")}
-    assert before
+    def entries() -> list[dict[str, int]]:
+        return [{f.name: f.stat().st_mtime_ns for f in sorted(d.glob("*.npy"))} for d in own]
+
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     scripts = [
         begin(node, nodes[0], [*mounting(folder), *CONTAINER["command"], *recipe], log)
         for node, folder, log in zip(nodes, own, logs)
     ]
     assert [script.wait() for script in scripts] == [0, 0], logs[1].read_text()[-6000:]
-    assert {path.name: path.stat().st_mtime_ns for path in own[1].glob("*.npy")} == before
-    assert {path.name for path in own[0].glob("*.npy")} == before.keys()
-    assert not list(seen.iterdir())
+    filled = entries()
+    assert filled[0] and filled[0].keys() == filled[1].keys() and not list(seen.iterdir())
+    build = [sys.executable, "pretrain_ttt.py", *recipe, "--build-index"]
+    built = subprocess.check_output([*mounting(own[1]), *build], cwd=ROOT, text=True)
+    assert f"sequences in {seen}" in built and entries() == filled
 
 
 def replicas(run_dir: Path, step: int) -> int:
