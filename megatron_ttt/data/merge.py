@@ -170,10 +170,10 @@ def _begin_anew(workspace: Workspace, shards: Sequence[Shard], prefix: Path) -> 
     """Let the next run do shards again, of which the part `prefix` is damaged."""
     for shard in shards:
         workspace.start_task(shard)
-    more = f", {len(shards) - 1} more too" if len(shards) > 1 else ""
+    name = f"{prefix} (and {len(shards) - 1} more)" if len(shards) > 1 else prefix
     raise UserError(
-        f"{prefix} is damaged (its checksum is not its manifest's{more}); run the same command "
-        "again: it does this shard anew"
+        f"{name} is damaged (its checksum is not its manifest's); run the same command again: it "
+        "does this shard anew"
     )
 
 

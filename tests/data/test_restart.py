@@ -224,7 +224,7 @@ def test_parts_in_other_places_are_made_again(corpus, tmp_path, monkeypatch):
 
     leave_copied()
     write_shard(tmp_path / "c4-train.00000b.json.gz", make_texts(60, seed=9))
-    with pytest.raises(UserError, match=r"c4-train\.00000\.\S*text is damaged .* 2 more too"):
+    with pytest.raises(UserError, match=r"c4-train\.00000\.\S*text \(and 2 more\) is damaged"):
         preprocess(*corpus)
     leave_copied()
     merged = tmp_path / "c4.tasks/c4_text_document.bin"
