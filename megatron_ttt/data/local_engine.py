@@ -31,10 +31,6 @@ _BLOCKS_PER_WORKER = 8
 _BYTES_PER_WORKER = MAX_DOCUMENT_BYTES
 """The same where documents are very long."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_DIED = (
-    "a worker process died, often for want of memory; what was done is kept: run the same command "
-    "again, with fewer --workers"
-)
 
 
 def run_locally(
@@ -87,7 +83,7 @@ def _run_tasks(
                 else:
                     getattr(listener, name)(*values)
     except (EOFError, ConnectionError) as error:
-        raise UserError(_DIED) from error
+        raise _died() from error
     finally:
         pool.close()
         for process in pool.started():
@@ -254,7 +250,7 @@ class _EncodingPool:
             result = worker.recv()
         except (EOFError, OSError) as error:
             self._processes.kill()
-            raise UserError(_DIED) from error
+            raise _died() from error
         finally:
             self._idle.put(worker)
         if isinstance(result, UserError):
@@ -279,6 +275,13 @@ def _encode_blocks(parent: Connection, options: Options) -> None:
         except UserError as error:
             result = error
         parent.send(result)
+
+
+def _died() -> UserError:
+    return UserError(
+        "a worker process died, often for want of memory; what was done is kept: run the same "
+        "command again, with fewer --workers"
+    )
 
 
 def available_cpus() -> int:
