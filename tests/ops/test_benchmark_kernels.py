@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 def benchmark(*arguments, **extra):
     command = [sys.executable, ROOT / "benchmarks/kernels.py", *arguments]
-    return finish(command, env={**environment(), "PYTHONPATH": str(ROOT), **extra})
+    # Triton reads whether it is to interpret when it is imported.
+    return finish(command, forked=False, env={**environment(), "PYTHONPATH": str(ROOT), **extra})
 
 
 @pytest.mark.compile
