@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""How long training stands still for a checkpoint, written at once or in the background.
+r"""How long training stands still for a checkpoint, at a save and at a resume.
 
     [torchrun --nproc-per-node N] benchmarks/save_stall.py [--pairs 5] [--output FILE.json] \
         [key.path=value ...]
@@ -8,6 +8,7 @@ Trains yaml_recipes/ttt_linear_125m.yaml on random tokens, in sequences and batc
 size, and saves by turns at once and in the background. The stall of a background save is what
 `save` takes and, between later steps, what it takes to publish what was written. Medians, and
 their ratio; and what a step takes alone, and where the memory it writes to is a writer's snapshot.
+Then what a resume takes: to verify the last checkpoint and to load it, from the page cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ttt.checkpoint.store import checkpoint_name
+from megatron_ttt.checkpoint.state import load_checkpoint
+from megatron_ttt.checkpoint.store import checkpoint_name, open_checkpoint
+from megatron_ttt.checkpoint.verification import damage_found_together
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import load_config
 from megatron_ttt.training.trainer import Trainer, start
@@ -111,13 +114,24 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         print(f"{kind}: {stall:.2f}s", flush=True)
     trainer.saver.wait()
     gc.unfreeze()
+    resume = {"verify": [], "load": []}
+    checkpoint = open_checkpoint(path)
+    for _ in range(3):
+        began = time.perf_counter()
+        assert damage_found_together(path) is None
+        verified = time.perf_counter()
+        load_checkpoint(checkpoint, config, trainer.chunks, trainer.optimizer)
+        resume["verify"].append(verified - began)
+        resume["load"].append(time.perf_counter() - verified)
     medians = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
     return {
         "checkpoint_gigabytes": round(size / 1e9, 3),
         "stalls": {kind: [round(s, 3) for s in seconds] for kind, seconds in stalls.items()},
         "median": {kind: round(seconds, 3) for kind, seconds in medians.items()},
         "of_it_publishing": round(statistics.median(publishing), 3),
+        "ranks": ranks,
         "median_step": {kind: round(statistics.median(s), 3) for kind, s in steps.items()},
+        "median_resume": {part: round(statistics.median(s), 3) for part, s in resume.items()},
         "ratio": round(medians["in the background"] / medians["at once"], 4),
     }
 
