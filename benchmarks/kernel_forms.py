@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from megatron_ttt.ops.conv_rotate import causal_conv, plain_conv_rotate
+from megatron_ttt.ops.conv_rope import causal_conv, reference_conv_rope
 from megatron_ttt.ops.rope import mini_batch_angles
 
 MINI_BATCH = 16
@@ -22,9 +22,9 @@ def scan_flops(kind: str, D: int, f: int) -> int:
 def around_forms(device: torch.device, L: int, B: int, heads: int, head_dim: int):
     """Name, tensors with gradients, forms, and how many times the tokens a kernel's forward and
     backward read and write (docs/kernels.md)."""
-    from megatron_ttt.ops.triton.conv_rotate import conv_rotate
-    from megatron_ttt.ops.triton.norm_conv import norm_conv
-    from megatron_ttt.ops.triton.norm_gate import norm_gate
+    from megatron_ttt.ops.triton.conv_rope import conv_rope
+    from megatron_ttt.ops.triton.layernorm_gate import layernorm_gate
+    from megatron_ttt.ops.triton.rmsnorm_conv import rmsnorm_conv
 
     D = heads * head_dim
     alone = SimpleNamespace(size=lambda: 1)
@@ -36,7 +36,7 @@ def around_forms(device: torch.device, L: int, B: int, heads: int, head_dim: int
     taps = new(D, 1, 4), new(D), new(D, 1, 4), new(D)
     convolutions = [taps[:2], taps[2:]]
     angles = mini_batch_angles(MINI_BATCH, head_dim, 1e4, torch.float32, device)
-    forms = {"triton": conv_rotate, "torch": plain_conv_rotate}
+    forms = {"triton": conv_rope, "torch": reference_conv_rope}
     yield (
         "convolutions and RoPE",
         [x, *taps],
@@ -47,7 +47,7 @@ def around_forms(device: torch.device, L: int, B: int, heads: int, head_dim: int
         "pre-conv",
         [x, vector, *taps[:2]],
         {
-            "triton": lambda: norm_conv(x, vector, 1e-6, *taps[:2]),
+            "triton": lambda: rmsnorm_conv(x, vector, 1e-6, *taps[:2]),
             "torch": lambda: (
                 x
                 + causal_conv(F.rms_norm(x.float(), (D,), eps=1e-6).to(x.dtype) * vector, *taps[:2])
@@ -59,7 +59,7 @@ def around_forms(device: torch.device, L: int, B: int, heads: int, head_dim: int
         "post-norm and gate",
         [x, gate, vector, other],
         {
-            "triton": lambda: norm_gate(x, gate, vector, other, 1e-6, alone),
+            "triton": lambda: layernorm_gate(x, gate, vector, other, 1e-6, alone),
             "torch": lambda: (
                 F.gelu(gate, approximate="tanh") * F.layer_norm(x, (D,), vector, other, 1e-6)
             ),

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernel_forms import MINI_BATCH, around_forms, other_forms, scan_flops
 
-from megatron_ttt.ops import ttt_scan
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ttt_scan
 
 MODELS = {"125m": (12, 64), "350m": (16, 64), "760m": (16, 96), "1b": (32, 64)}  # heads, head_dim
 LENGTHS = (2048, 8192, 32768)
@@ -97,7 +97,7 @@ class Parts:
         for given, backend in ((tensors, "triton"), (exact, "naive")):
             self.synchronise()
             started = time.perf_counter()
-            out, final = ttt_scan(*given[:7], tuple(given[7:]), backend=backend)
+            out, final = ttt_scan(INNER_MODELS[kind], *given[:7], tuple(given[7:]), backend=backend)
             if not results:
                 upstream = [torch.randn_like(x) for x in (out, *final)]
             ups = [u.to(x.dtype) for u, x in zip(upstream, (out, *final))]
@@ -174,7 +174,9 @@ class Parts:
 
     def forms(self, kind: str, length: int, tensors, of_kernels: bool) -> dict:
         def scan(backend):
-            return lambda: ttt_scan(*tensors[:7], tuple(tensors[7:]), backend=backend)[0]
+            return lambda: ttt_scan(
+                INNER_MODELS[kind], *tensors[:7], tuple(tensors[7:]), backend=backend
+            )[0]
 
         if not of_kernels:
             naive = {"naive": scan("naive")} if self.quick or length == LENGTHS[0] else {}

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ttt.ops import ttt_scan
-from megatron_ttt.ops.cpp.build import why_no_library
+from megatron_ttt.mixers.ttt.cpp.build import unavailable_reason
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ttt_scan
 
 HEAD_DIM, MINI_BATCH, BASE_LR = 64, 16, {"linear": 1.0, "mlp": 0.1}
 FAST = ("torch", "cpp")
@@ -35,34 +35,34 @@ REQUIRED = {("linear", 1): 4, ("mlp", 1): 4, ("linear", 8): 12}
 def inputs(kind: str, batch: int, heads: int, length: int) -> list[torch.Tensor]:
     """Random inputs of a scan; all require gradients."""
     torch.manual_seed(0)
-    F, M = HEAD_DIM, 4 * HEAD_DIM
+    F = HEAD_DIM
     tensors = [torch.randn(batch, heads, length, F) for _ in range(3)]
     tensors.append(BASE_LR[kind] * torch.rand(batch, heads, length) / F)
     tensors.append(1 / torch.arange(1, MINI_BATCH + 1))
     tensors += [torch.ones(heads, F), torch.zeros(heads, F)]
-    shapes = [(F, F), (1, F)] if kind == "linear" else [(F, M), (1, M), (M, F), (1, F)]
+    shapes = INNER_MODELS[kind].state_shapes(F).values()
     tensors += [0.02 * torch.randn(heads, *shape) for shape in shapes]
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def seconds(tensors: list[torch.Tensor], backend: str) -> float:
+def seconds(kind: str, tensors: list[torch.Tensor], backend: str) -> float:
     """One forward and backward."""
     started = time.perf_counter()
-    out, _ = ttt_scan(*tensors[:7], tuple(tensors[7:]), backend=backend)
+    out, _ = ttt_scan(INNER_MODELS[kind], *tensors[:7], tuple(tensors[7:]), backend=backend)
     torch.autograd.grad(out, tensors, torch.ones_like(out))
     return time.perf_counter() - started
 
 
-def best_times(tensors: list[torch.Tensor]) -> list[float]:
+def best_times(kind: str, tensors: list[torch.Tensor]) -> list[float]:
     """Best seconds of the naive form and of each fast one, taken in turns."""
-    turns = [[seconds(tensors, form) for form in ("naive", *FAST)] for _ in range(BEST_OF)]
+    turns = [[seconds(kind, tensors, form) for form in ("naive", *FAST)] for _ in range(BEST_OF)]
     return list(map(min, zip(*turns)))
 
 
 def compare(kind: str, batch: int, heads: int, length: int, rounds: int) -> list[dict]:
     """Of each fast form the median of `rounds` ratios, all of them, and the best times of all."""
     tensors = inputs(kind, batch, heads, length)
-    naive, *fast = zip(*(best_times(tensors) for _ in range(rounds)))
+    naive, *fast = zip(*(best_times(kind, tensors) for _ in range(rounds)))
     records = []
     for form, times in zip(FAST, fast):
         ratios = sorted(n / t for n, t in zip(naive, times))
@@ -101,12 +101,12 @@ def long_sequences(rounds: int = 7) -> list[dict]:
 def one_length(form: str, kind: str, length: int, heads: int) -> dict:
     """What `long_sequence` asks of its process."""
     short = inputs(kind, 1, heads, 1024)
-    seconds(short, form)
+    seconds(kind, short, form)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident_kib("VmRSS")
     tensors = inputs(kind, 1, heads, length)
     repeats = 3 * max(32768 // length, 1)
-    best = min(seconds(tensors, form) for _ in range(repeats))
+    best = min(seconds(kind, tensors, form) for _ in range(repeats))
     return {
         "form": form,
         "kind": kind,
@@ -140,8 +140,8 @@ def main() -> None:
     parser.add_argument("--one-length", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    if why_no_library() is not None:
-        parser.exit(2, f"error: no C++ scan to measure: {why_no_library()}\n")
+    if unavailable_reason() is not None:
+        parser.exit(2, f"error: no C++ scan to measure: {unavailable_reason()}\n")
     if arguments.one_length:
         form, kind, length, heads = arguments.one_length
         print(json.dumps(one_length(form, kind, int(length), int(heads))))

@@ -37,7 +37,7 @@ from megatron_ttt.hf.configuration import (
     model_from_official,
     read_official,
 )
-from megatron_ttt.hf.mapping import gather_official
+from megatron_ttt.hf.mapping import gather_hf
 from megatron_ttt.hf.source import read_evaluation
 from megatron_ttt.model import build_chunks, core_config
 
@@ -81,7 +81,7 @@ class Evaluator:
         for ddp in ddp_chunks:
             ddp.zero_grad_buffer()
         self._run(ddp_chunks, input_ids, partial(self._cross_entropy, input_ids), backward=True)
-        return gather_official(self.chunks, self.config.model, lambda p: p.main_grad)
+        return gather_hf(self.chunks, self.config.model, lambda p: p.main_grad)
 
     def _run(
         self, chunks: list[nn.Module], input_ids, loss, *, labels=None, backward=False, **options

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.errors import UserError
-from megatron_ttt.layers.parameters import global_shape, initialise, normal
-from megatron_ttt.layers.specs import block_submodules
-from megatron_ttt.ops import Facts, why_not
+from megatron_ttt.layers.parameters import initialise
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ScanProblem, unsupported_reason
 from megatron_ttt.platform import Platform
+from megatron_ttt.specs import block_submodules
+from megatron_ttt.stack import EMBEDDING, model_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def core_config(
@@ -33,15 +33,15 @@ def core_config(
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
     if model.is_ttt:
-        scan = Facts(
-            kind=model.layer.removeprefix("ttt_"),
+        scan = ScanProblem(
+            model=INNER_MODELS[model.layer.removeprefix("ttt_")],
             head_dim=model.head_dim,
             mini_batch_size=model.mini_batch_size,
             dtype=dtype,
             state_dtype=torch.promote_types(dtype, torch.float32),
             device=platform.device.type,
         )
-        reason = why_not(training.scan_backend, scan)
+        reason = unsupported_reason(training.scan_backend, scan)
         if reason is not None:
             raise UserError(
                 f"training.scan_backend={training.scan_backend} cannot run here: {reason}; set "
@@ -164,17 +164,12 @@ def global_parameters(chunk: LanguageModel) -> Iterator[tuple[str, nn.Parameter]
         yield name, parameter
 
 
-def unpadded_shape(model: ModelConfig, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
-    """The global shape of a parameter without vocabulary padding."""
-    shape = global_shape(parameter)
-    return (model.vocab_size, *shape[1:]) if name == EMBEDDING else shape
-
-
 def initialise_weights(chunk: LanguageModel, model: ModelConfig, seed: int) -> None:
     """Set every weight as the paper's recipe does, the same at every layout and on every device."""
+    table = model_parameters(model)
     for name, parameter in global_parameters(chunk):
-        shape = unpadded_shape(model, name, parameter)
-        initialise(parameter, name, shape, seed, normal(model.init_std))
+        row = table[name]
+        initialise(parameter, name, row.shape, row.initialiser, seed)
 
 
 def set_inner_lr_scale(chunks: list[nn.Module], scale: float) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from harness import Job, read_golden, relative, run, section
 
-from megatron_ttt.ops import ttt_scan
-from megatron_ttt.ops.statistics import inner_statistics
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ttt_scan
+from megatron_ttt.mixers.ttt.statistics import inner_statistics
 
 LAYOUTS = {
     "jax_linear_mamba": ["one", "tp2sp", "pp2", "dp2"],
@@ -73,11 +73,11 @@ def test_of_random_inputs(kind, length):
     k, v, k_unrotated = normal(3, B, H, length, F)
     lam, tau = normal(B, H, length).sigmoid() / F, normal(K).clamp_min(0)
     gamma, beta = normal(2, H, F)
-    widths = [(F, F), (1, F)] if kind == "linear" else [(F, 4 * F), (1, 4 * F), (4 * F, F), (1, F)]
-    state = tuple(0.1 * normal(H, *shape) for shape in widths)
-    seen = inner_statistics(k, v, lam, tau, gamma, beta, state, k_unrotated)
+    model = INNER_MODELS[kind]
+    state = tuple(0.1 * normal(H, *shape) for shape in model.state_shapes(F).values())
+    seen = inner_statistics(model, k, v, lam, tau, gamma, beta, state, k_unrotated)
     whole = length // K * K
-    _, final = ttt_scan(k, k, v, lam, tau, gamma, beta, state, backend="naive")
+    _, final = ttt_scan(model, k, k, v, lam, tau, gamma, beta, state, backend="naive")
     squares = sum(W.square().sum((-2, -1)) for W in final[::2])
     assert torch.allclose(seen.state_norm, squares.sqrt().mean())
     assert torch.allclose(seen.inner_lr, lam.mean())
@@ -89,9 +89,11 @@ def test_of_random_inputs(kind, length):
         for field, states in ((seen.loss_init, state), (seen.loss_after, final)):
             one, at = torch.zeros(1, dtype=k.dtype), slice(whole - 1, whole)
             given = (x[:, :, at] for x in (k, k, v))
-            out, _ = ttt_scan(*given, lam[:, :, at], one, gamma, beta, states, backend="naive")
+            out, _ = ttt_scan(
+                model, *given, lam[:, :, at], one, gamma, beta, states, backend="naive"
+            )
             prediction, target = out - k[:, :, at], (v - k)[:, :, at]
             assert torch.allclose(field[-1], (prediction - target).square().mean())
         assert seen.loss_before[0] == seen.loss_init[0]
     k[0, 0, 0, 0] = torch.nan
-    assert inner_statistics(k, v, lam, tau, gamma, beta, state, k_unrotated).finite < 1
+    assert inner_statistics(model, k, v, lam, tau, gamma, beta, state, k_unrotated).finite < 1

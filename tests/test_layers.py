@@ -28,7 +28,7 @@ def randomise(module):
 
 def test_causal_conv_is_conv1d(core):
     from megatron_ttt.layers.conv import conv_weights
-    from megatron_ttt.ops.conv_rotate import causal_conv
+    from megatron_ttt.ops.conv_rope import causal_conv
 
     weight, bias = randomise(conv_weights(core, 6, 4, sharded=False))()
     x = torch.randn(9, 2, 6, dtype=torch.float64, requires_grad=True)
@@ -46,7 +46,7 @@ def test_causal_conv_is_conv1d(core):
 
 def test_causal_conv_goes_on_from_a_halo(core):
     from megatron_ttt.layers.conv import conv_weights
-    from megatron_ttt.ops.conv_rotate import causal_conv
+    from megatron_ttt.ops.conv_rope import causal_conv
 
     weights = randomise(conv_weights(core, 6, 4, sharded=False))()
     x = torch.randn(12, 2, 6, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_sharded_layer_norm_is_layer_norm(core):
     """On one rank, where it is never taken: the formulas, without the exchange."""
     from megatron.core import parallel_state
 
-    from megatron_ttt.ops.wide_norm import ShardedLayerNorm
+    from megatron_ttt.ops.sharded_layer_norm import ShardedLayerNorm
 
     x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
@@ -115,13 +115,13 @@ def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, backb
     from megatron_ttt.config import load_config
     from megatron_ttt.layers import conv, norm
     from megatron_ttt.model import build_chunks, core_config, initialise_weights
-    from megatron_ttt.ops.triton import norm_conv, norm_gate
+    from megatron_ttt.ops.triton import layernorm_gate, rmsnorm_conv
 
     if fused:
-        monkeypatch.setattr(conv, "runs_fused", lambda x: True)
-        monkeypatch.setattr(norm, "runs_fused", lambda x: True)
-        monkeypatch.setattr(norm_conv, "norm_conv", lambda h, *weights: h)
-        monkeypatch.setattr(norm_gate, "norm_gate", lambda x, *others: x)
+        monkeypatch.setattr(conv, "can_use_fused_kernels", lambda x: True)
+        monkeypatch.setattr(norm, "can_use_fused_kernels", lambda x: True)
+        monkeypatch.setattr(rmsnorm_conv, "rmsnorm_conv", lambda h, *weights: h)
+        monkeypatch.setattr(layernorm_gate, "layernorm_gate", lambda x, *others: x)
     config = load_config(["yaml_recipes/debug_cpu.yaml"], [f"model.backbone={backbone}"])
     (chunk,) = build_chunks(config, core_config(config, cpu_platform))
     initialise_weights(chunk, config.model, seed=0)

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ttt.config import ModelConfig, check_layout, load_config
 from megatron_ttt.errors import UserError
-from megatron_ttt.ops.naive import naive_scan
+from megatron_ttt.mixers.ttt.reference import reference_scan
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS
 from megatron_ttt.planning import dry_run, memory_per_rank
 from megatron_ttt.planning.communication import bytes_per_step
 from megatron_ttt.planning.cost import (
@@ -158,12 +159,12 @@ def test_a_ranking_holds_only_what_can_be_trained_and_fits():
 @pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp"])
 def test_flops_of_the_scan_are_those_of_the_naive_form(layer):
     H, F, K, N = 2, 16, 4, 3
-    shapes = [(F, F), (1, F)] if layer == "ttt_linear" else [(F, 4 * F), (1, 4 * F), (4 * F, F)]
-    shapes += [] if layer == "ttt_linear" else [(1, F)]
+    inner_model = INNER_MODELS[layer.removeprefix("ttt_")]
+    state = tuple(torch.zeros(1, H, *shape) for shape in inner_model.state_shapes(F).values())
     tokens = [torch.randn(1, H, N * K, F) for _ in range(3)]
     gates = torch.rand(1, H, N * K), torch.rand(K), torch.ones(H, F), torch.zeros(H, F)
     with FlopCounterMode(display=False) as counter:
-        naive_scan(*tokens, *gates, tuple(torch.zeros(1, H, *shape) for shape in shapes))
+        reference_scan(inner_model, *tokens, *gates, state)
     plain = {"vocab_size": 0, "ffn_hidden_size": 0, "num_layers": 1}
     model = ModelConfig(layer=layer, hidden_size=H * F, num_heads=H, mini_batch_size=K, **plain)
     counted = forward_flops_per_token(model, N * K) - 8 * (H * F) ** 2  # the projections

@@ -190,7 +190,7 @@ def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> Non
     `problems`."""
     from megatron.core import parallel_state
 
-    from megatron_ttt.hf.mapping import gather_official
+    from megatron_ttt.hf.mapping import gather_hf
     from megatron_ttt.model import global_parameters
 
     group = parallel_state.get_tensor_model_parallel_group()
@@ -202,7 +202,7 @@ def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> Non
                 dist.all_gather(copies, local.contiguous(), group=group)
                 if not all(torch.equal(copy, local) for copy in copies):
                     problems.append(f"{kind} {name} differs between TP ranks")
-    official = gather_official(trainer.chunks, trainer.config.model, tensor_of)
+    official = gather_hf(trainer.chunks, trainer.config.model, tensor_of)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, official)
     for other in everyone:

@@ -29,8 +29,8 @@ from megatron_ttt.checkpoint.reader import load_tree
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
-from megatron_ttt.model import EMBEDDING
 from megatron_ttt.platform.compat import mcore_version, reads_checkpoints_of
+from megatron_ttt.stack import EMBEDDING
 
 _UNKNOWN_FORMAT = (
     *(CheckpointingException, UnpicklingError, EOFError),

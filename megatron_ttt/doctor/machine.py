@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from megatron_ttt.doctor.findings import Finding
-from megatron_ttt.ops.cpp.build import why_no_library
+from megatron_ttt.mixers.ttt.cpp.build import unavailable_reason
 from megatron_ttt.planning.cost import GIB
 
 DISK_TEST_BYTES = 256 * 2**20
@@ -50,7 +50,7 @@ def _devices() -> Iterator[Finding]:
     yield Finding("good", "machine", text)
     if not torch.cuda.is_available():
         yield Finding("note", "devices", "no GPU: runs use the CPU and gloo, at toy size")
-        reason = why_no_library()
+        reason = unavailable_reason()
         if reason is None:
             yield Finding("good", "scan", "in C++")
         else:

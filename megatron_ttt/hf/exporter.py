@@ -21,7 +21,7 @@ from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
 from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
-from megatron_ttt.hf.mapping import official_names, official_shapes, parameter_shapes, unpack
+from megatron_ttt.hf.mapping import split
 from megatron_ttt.hf.model_card import model_card
 from megatron_ttt.hf.safetensors_stream import write_safetensors
 from megatron_ttt.hf.source import write_source
@@ -29,6 +29,7 @@ from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
 from megatron_ttt.hf.trained_with import check_trained_with
 from megatron_ttt.hf.verification import verify, verify_configuration
+from megatron_ttt.stack import model_parameters
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CODE = ("configuration_ttt.py", "modeling_ttt.py")
@@ -55,7 +56,7 @@ def export_checkpoint(
     checkpoint = open_whole_checkpoint(path)
     config = config_with_defaults(checkpoint.config, path)
     tensors = CheckpointTensors(checkpoint)
-    tensors.check(parameter_shapes(config.model))
+    tensors.check(model_parameters(config.model))
     tokenizer = _tokenizer(checkpoint, config, tokenizer_model)
     temporary = output.parent / f".unverified-{output.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,20 +104,19 @@ def _write_weights(
     dtype: str | None,
     shard_bytes: int,
 ) -> None:
-    shapes = official_shapes(model)
     source, plan = {}, {}
-    for name in parameter_shapes(model):
-        wanted = DTYPES[dtype] if dtype else tensors.dtype(name)
-        for part in official_names(model, name):
-            source[part] = name
-            plan[part] = (wanted, shapes[part])
+    for row in model_parameters(model).values():
+        wanted = DTYPES[dtype] if dtype else tensors.dtype(row.name)
+        for part, shape in row.hf_shapes().items():
+            source[part] = row
+            plan[part] = (wanted, shape)
     held: dict[str, Tensor] = {}
 
     def read(part: str) -> Tensor:
         """One official tensor; its siblings in a packed projection come next, and are held."""
         if part not in held:
             held.clear()
-            held.update(unpack(model, source[part], tensors.read(source[part])))
+            held.update(split(source[part], tensors.read(source[part].name)))
         return held.pop(part).to(plan[part][0])
 
     write_safetensors(folder, plan, read, shard_bytes)
@@ -146,7 +146,7 @@ def _write_configuration(
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
         in_config["pad_token_id"] = ids["pad_token_id"] if config.model.is_ttt else None
-    projection = next(name for name in parameter_shapes(config.model) if "linear_fc1" in name)
+    projection = next(name for name in model_parameters(config.model) if "linear_fc1" in name)
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048
     tree = {

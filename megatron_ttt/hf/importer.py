@@ -13,10 +13,11 @@ from megatron_ttt.checkpoint.store import open_checkpoint
 from megatron_ttt.config import Config, TrainingConfig, to_dict
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import model_from_official, read_official
-from megatron_ttt.hf.mapping import official_shapes, pack
+from megatron_ttt.hf.mapping import hf_shapes, join
 from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
 from megatron_ttt.hf.verification import build_on_cpu, verify
 from megatron_ttt.model import global_parameters
+from megatron_ttt.stack import model_parameters
 
 if TYPE_CHECKING:
     from megatron_ttt.hf.jax_streaming import JaxTensors
@@ -47,13 +48,14 @@ def import_tensors(
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
     model = model_from_official(official)
-    check_official(source, official_shapes(model))
+    check_official(source, hf_shapes(model))
 
     from megatron_ttt.checkpoint.writer import save_checkpoint
 
     chunk = build_on_cpu(model, torch.float32)
+    table = model_parameters(model)
     for name, parameter in global_parameters(chunk):
-        parameter.data = pack(model, name, source.read)
+        parameter.data = join(table[name], source.read)
     config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
     state = {"step": 0, "config": {"model": to_dict(config)["model"]}, "official": official}
     unverified = output.parent / f".unverified-{output.name}"

@@ -10,9 +10,10 @@ from torch import nn
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.config import ModelConfig
 from megatron_ttt.hf.configuration import model_from_official, read_official
-from megatron_ttt.hf.mapping import official_shapes, parameter_shapes, unpack
+from megatron_ttt.hf.mapping import hf_shapes, split
 from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
 from megatron_ttt.hf.verification import build_official
+from megatron_ttt.stack import model_parameters
 
 
 def load_directory(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -23,7 +24,7 @@ def load_directory(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """
     model = model_from_official(read_official(folder / "config.json"))
     tensors = OfficialTensors(folder)
-    shapes = official_shapes(model)
+    shapes = hf_shapes(model)
     check_official(tensors, shapes)
     return _filled(model, {name: _cast(tensors.read(name), dtype) for name in shapes})
 
@@ -31,12 +32,12 @@ def load_directory(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
 def load_checkpoint(checkpoint: Checkpoint, model: ModelConfig, dtype=None) -> nn.Module:
     """The model of a checkpoint written at any layout; as `load_directory`."""
     tensors = CheckpointTensors(checkpoint)
-    shapes = parameter_shapes(model)
-    tensors.check(shapes)
+    table = model_parameters(model)
+    tensors.check(table)
     weights = {
         part: _cast(tensor, dtype).contiguous()
-        for name in shapes
-        for part, tensor in unpack(model, name, tensors.read(name))
+        for row in table.values()
+        for part, tensor in split(row, tensors.read(row.name))
     }
     return _filled(model, weights)
 

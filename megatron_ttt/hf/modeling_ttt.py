@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_ttt import TTTConfig
 
 try:
-    from megatron_ttt.ops import ttt_scan
+    from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ttt_scan
 except ImportError:
     ttt_scan = None
 else:
@@ -334,6 +334,8 @@ class TTTMixer(nn.Module):
             setattr(self, f"W{i}", nn.Parameter(torch.zeros(H, rows, columns)))
             setattr(self, f"b{i}", nn.Parameter(torch.zeros(H, 1, columns)))
             self.state_names += [f"W{i}", f"b{i}"]
+        if ttt_scan is not None:
+            self.inner_model = INNER_MODELS[config.ttt_layer_type]
         self.post_norm = nn.LayerNorm(D, eps=LN_EPS)
 
     def forward(self, x_BLD: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
@@ -392,7 +394,7 @@ class TTTMixer(nn.Module):
         gamma, beta = self.ttt_norm_weight, self.ttt_norm_bias
         state = tuple(getattr(self, name) for name in self.state_names)
         if cache is None and ttt_scan is not None:
-            return ttt_scan(q, k, v, lam, tau, gamma, beta, state)[0]
+            return ttt_scan(self.inner_model, q, k, v, lam, tau, gamma, beta, state)[0]
 
         given = q, k, v  # in their own dtype, which the kernels multiply in
         q, k, v, lam = (x.to(dtype) for x in (q, k, v, lam.unsqueeze(-1)))
@@ -406,7 +408,9 @@ class TTTMixer(nn.Module):
             # Whole mini-batches from a mini-batch's start: nothing is summed up before or after.
             whole = L - L % K
             read = (x[:, :, :whole] for x in (*given, lam.squeeze(-1)))
-            output, state = ttt_scan(*read, tau, gamma.squeeze(-2), beta.squeeze(-2), state)
+            output, state = ttt_scan(
+                self.inner_model, *read, tau, gamma.squeeze(-2), beta.squeeze(-2), state
+            )
             outputs = [output.to(dtype)]
             q, k, v, lam = (x[:, :, whole:] for x in (q, k, v, lam))
             span = Span(span.start_B + whole, span.lengths_B - whole, L - whole)

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_ttt.checkpoint.reader import CheckpointReader, check_plain, load_plain
 from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.errors import UserError
-from megatron_ttt.model import EMBEDDING
+from megatron_ttt.mixers.base import Parameter
+from megatron_ttt.stack import EMBEDDING
 
 # Constants that some writers store among the weights.
 _CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
@@ -87,12 +88,13 @@ class CheckpointTensors:
         """The dtype a parameter is stored in."""
         return self._stored[self._locate(name)[0]].properties.dtype
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def check(self, table: dict[str, Parameter]) -> None:
         """Raise UserError for a parameter that is missing or of another shape."""
-        for name, shape in shapes.items():
-            if self.shape(name) != shape:
+        for name, row in table.items():
+            if self.shape(name) != row.shape:
                 raise UserError(
-                    f"{self.path}: {name} is {self.shape(name)}, its configuration asks for {shape}"
+                    f"{self.path}: {name} is {self.shape(name)}, its configuration asks for "
+                    f"{row.shape}"
                 )
 
     def _locate(self, name: str) -> tuple[str, int | None]:

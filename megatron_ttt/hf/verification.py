@@ -21,9 +21,9 @@ from megatron_ttt import platform as platforms
 from megatron_ttt.config import Config, ModelConfig, TrainingConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import official_from_model
-from megatron_ttt.hf.mapping import official_names, pack, parameter_shapes
+from megatron_ttt.hf.mapping import join
 from megatron_ttt.layers.norm import PostNorm
-from megatron_ttt.model import EMBEDDING
+from megatron_ttt.stack import EMBEDDING, model_parameters
 
 Read = Callable[[str], Tensor]
 
@@ -62,10 +62,10 @@ def verify(
     """
     cast = cast or (lambda tensor: tensor)
     dtypes = set()
-    for name in parameter_shapes(model):
-        ours, theirs = cast(read_ours(name)), pack(model, name, read_official)
+    for row in model_parameters(model).values():
+        ours, theirs = cast(read_ours(row.name)), join(row, read_official)
         if not _same_bits(ours, theirs):
-            for part in official_names(model, name):
+            for part in row.hf_names:
                 _differs(part.rsplit(".", 1)[0], f"the weights of {part}")
         dtypes.add(ours.dtype)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,19 +1,18 @@
-"""The TTT block: megatron-core's transformer layer after the Mamba backbone's pre-conv."""
+"""megatron-core's transformer layer after a convolution of the residual stream, the pre-conv."""
 
 from __future__ import annotations
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_ttt.config import ModelConfig
 from megatron_ttt.layers.conv import PreConv
 
 
-class TTTBlock(TransformerLayer):
-    """h += preconv(h); h += TTT(RMSNorm(h)); h += SwiGLU(RMSNorm(h))."""
+class PreConvBlock(TransformerLayer):
+    """h += preconv(h); h += mixer(RMSNorm(h)); h += SwiGLU(RMSNorm(h))."""
 
-    def __init__(self, config, submodules, layer_number: int = 1, *, model: ModelConfig, **kwargs):
+    def __init__(self, config, submodules, layer_number: int = 1, *, pre_conv_width: int, **kwargs):
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.pre_conv = PreConv(config, model.hidden_size, model.conv_kernel)
+        self.pre_conv = PreConv(config, config.hidden_size, pre_conv_width)
 
     def forward(self, hidden_states, *args, **kwargs):
         """[S, B, D] -> ([S, B, D], context), as TransformerLayer."""

@@ -11,20 +11,20 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ttt.layers.norm import RMSNorm, rms_norm
-from megatron_ttt.layers.parameters import Weights, lecun_normal, new_parameter, zeros
-from megatron_ttt.ops.conv_rotate import causal_conv
-from megatron_ttt.ops.fused import runs_fused
+from megatron_ttt.layers.parameters import ParameterHolder, new_parameter
+from megatron_ttt.ops.conv_rope import causal_conv
+from megatron_ttt.ops.fused import can_use_fused_kernels
 
 
-def conv_weights(config, channels: int, width: int, *, sharded: bool) -> Weights:
+def conv_weights(config, channels: int, width: int, *, sharded: bool) -> ParameterHolder:
     """Weight [C, 1, W] and bias [C] of a depthwise causal convolution without activation.
 
     sharded: the channels are this rank's heads' (conv_q, conv_k); else all of them (pre-conv).
     """
     dim = 0 if sharded else None
-    return Weights(
-        weight=new_parameter(config, (channels, 1, width), lecun_normal(width), shard_dim=dim),
-        bias=new_parameter(config, (channels,), zeros, shard_dim=dim),
+    return ParameterHolder(
+        weight=new_parameter(config, (channels, 1, width), shard_dim=dim),
+        bias=new_parameter(config, (channels,), shard_dim=dim),
     )
 
 
@@ -34,7 +34,7 @@ class PreConv(nn.Module):
     def __init__(self, config, hidden_size: int, width: int):
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.norm = Weights(weight=RMSNorm(config, hidden_size).weight)
+        self.norm = ParameterHolder(weight=RMSNorm(config, hidden_size).weight)
         self.conv = conv_weights(config, hidden_size, width, sharded=False)
         self.width, self.sequence_parallel = width, config.sequence_parallel
         for parameter in self.conv.parameters():
@@ -43,10 +43,10 @@ class PreConv(nn.Module):
     def forward(self, h_SBC: Tensor) -> Tensor:
         """h [S, B, C] (under sequence parallelism this rank's stretch of tokens) -> the same."""
         (scale_C,), (weight_C1W, bias_C) = self.norm(), self.conv()
-        if runs_fused(h_SBC) and not self.sequence_parallel:
-            from megatron_ttt.ops.triton.norm_conv import norm_conv
+        if can_use_fused_kernels(h_SBC) and not self.sequence_parallel:
+            from megatron_ttt.ops.triton.rmsnorm_conv import rmsnorm_conv
 
-            return norm_conv(h_SBC, scale_C, self.eps, weight_C1W, bias_C)
+            return rmsnorm_conv(h_SBC, scale_C, self.eps, weight_C1W, bias_C)
         x_SBC = rms_norm(h_SBC, scale_C, self.eps)
         halo = None
         if self.sequence_parallel:

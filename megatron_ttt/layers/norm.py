@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_ttt.layers.parameters import new_parameter, ones, zeros
-from megatron_ttt.ops.fused import runs_fused
-from megatron_ttt.ops.wide_norm import wide_norm
+from megatron_ttt.layers.parameters import new_parameter
+from megatron_ttt.ops.fused import can_use_fused_kernels
+from megatron_ttt.ops.sharded_layer_norm import sharded_layer_norm
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
         self.eps = eps
-        self.weight = new_parameter(config, (hidden_size,), ones)
+        self.weight = new_parameter(config, (hidden_size,))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,16 +47,16 @@ class PostNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
-        self.weight = new_parameter(config, (hidden_size,), ones, shard_dim=0)
-        self.bias = new_parameter(config, (hidden_size,), zeros, shard_dim=0)
+        self.weight = new_parameter(config, (hidden_size,), shard_dim=0)
+        self.bias = new_parameter(config, (hidden_size,), shard_dim=0)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x [..., hidden_size / TP] -> the same shape and dtype; times gelu(gate) if there is one,
         in one kernel where it runs."""
         group = parallel_state.get_tensor_model_parallel_group()
-        if gate is not None and runs_fused(x):
-            from megatron_ttt.ops.triton.norm_gate import norm_gate
+        if gate is not None and can_use_fused_kernels(x):
+            from megatron_ttt.ops.triton.layernorm_gate import layernorm_gate
 
-            return norm_gate(x, gate, self.weight, self.bias, self.eps, group)
-        out = wide_norm(x, self.weight, self.bias, self.eps, group)
+            return layernorm_gate(x, gate, self.weight, self.bias, self.eps, group)
+        out = sharded_layer_norm(x, self.weight, self.bias, self.eps, group)
         return out if gate is None else F.gelu(gate, approximate="tanh") * out

@@ -8,46 +8,16 @@ same seed gives the same model at every layout.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 
-Initialiser = Callable[[Tensor, torch.Generator], None]
+from megatron_ttt.layers.initialisers import Initialiser
 
 
-def zeros(tensor: Tensor, generator: torch.Generator) -> None:
-    """Biases, delta, b0."""
-    tensor.zero_()
-
-
-def ones(tensor: Tensor, generator: torch.Generator) -> None:
-    """Scales of norms."""
-    tensor.fill_(1.0)
-
-
-def normal(std: float) -> Initialiser:
-    """N(0, std)."""
-
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.normal_(0.0, std, generator=generator)
-
-    return fill
-
-
-def lecun_normal(fan_in: int) -> Initialiser:
-    """JAX's lecun_normal: N(0, 1/fan_in) cut at two sigma, widened to keep that variance."""
-    std = fan_in**-0.5 / 0.87962566103423978
-
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std, generator=generator)
-
-    return fill
-
-
-class Weights(nn.Module):
+class ParameterHolder(nn.Module):
     """Parameters of an operation that is no module; the call hands them out.
 
     They are to be had by calls alone: while megatron-core's DDP gathers weights in the background,
@@ -65,14 +35,9 @@ class Weights(nn.Module):
 
 
 def new_parameter(
-    config,
-    shape: tuple[int, ...],
-    initialiser: Initialiser,
-    *,
-    shard_dim: int | None = None,
-    fp32: bool = False,
+    config, shape: tuple[int, ...], *, shard_dim: int | None = None, fp32: bool = False
 ) -> nn.Parameter:
-    """An uninitialised parameter of a layer, given its global shape.
+    """Return an uninitialised parameter of a layer, given its global shape.
 
     shard_dim: dimension cut over TP ranks; None for a replicated parameter. fp32: keep it in
     float32 when the model is bf16 (and its optimizer state apart, see training/optimizer.py).
@@ -88,7 +53,6 @@ def new_parameter(
     tensor_parallel.set_tensor_model_parallel_attributes(
         parameter, shard_dim is not None, 0 if shard_dim is None else shard_dim, 1
     )
-    parameter.initialiser = initialiser
     if fp32:
         parameter.keep_fp32 = True
     return parameter
@@ -129,18 +93,23 @@ def gather_global(parameter: nn.Parameter, local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(parameter: nn.Parameter, name: str, shape: tuple[int, ...], seed: int, default):
-    """Fill `parameter` from a stream of random numbers of its own.
+def initialise(
+    parameter: nn.Parameter,
+    name: str,
+    shape: tuple[int, ...],
+    initialiser: Initialiser,
+    seed: int,
+) -> None:
+    """Fill a parameter from a stream of random numbers of its own.
 
     name: the parameter's global name; it and the seed alone decide the numbers, so they do not
     depend on the layout or the device. shape: of the part of the global tensor that is filled; rows
-    beyond it (vocabulary padding) become zero. default: the initialiser where the parameter
-    carries none.
+    beyond it (vocabulary padding) become zero.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     filled = torch.empty(shape, dtype=torch.float32)
-    getattr(parameter, "initialiser", default)(filled, generator)
+    initialiser(filled, generator)
     whole = torch.zeros(global_shape(parameter), dtype=torch.float32)
     whole[tuple(slice(size) for size in shape)] = filled
     parameter.copy_(local_shard(parameter, whole))

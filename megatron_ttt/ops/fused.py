@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def runs_fused(x: Tensor) -> bool:
+def can_use_fused_kernels(x: Tensor) -> bool:
     """On CUDA, in bfloat16 or float32, where Triton is installed."""
     return (
         x.device.type == "cuda"

@@ -7,7 +7,8 @@ all-reduce twice that. Not counted: masks, losses, norms, and the pre-conv's hal
 from __future__ import annotations
 
 from megatron_ttt.config import Config
-from megatron_ttt.planning.cost import parameters_of_rank
+from megatron_ttt.planning.cost import microbatch, parameters_of_rank
+from megatron_ttt.stack import mixer_of
 
 
 def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
@@ -25,7 +26,7 @@ def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
     parameters, _ = parameters_of_rank(config)
     vocabulary = -(-model.vocab_size // tp)
 
-    tensor = _tensor(config, hidden, tokens) * microbatches
+    tensor = _tensor(config, hidden) * microbatches
     shared = hidden / (tp if parallel.sequence_parallel else 1)
     pipeline = 2 * shared * chunks * microbatches if pp > 1 else 0
     if pp > 1:  # the two copies of the embedding add up their gradients
@@ -35,21 +36,17 @@ def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
     return {**sent, "total": sum(sent.values())}
 
 
-def _tensor(config: Config, hidden: float, tokens: int) -> float:
+def _tensor(config: Config, hidden: float) -> float:
     """Of one microbatch. An all-reduce counts as a reduce-scatter and a gather."""
     parallel, model = config.parallel, config.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     share = (tp - 1) / tp
-    # Mixer and SwiGLU, forward and backward: two all-reduces, or a gather and a scatter, each way.
-    passes = 2 * 2 * 2
-    if parallel.sequence_parallel:
-        # megatron-core keeps the cut input of a column-parallel projection and gathers it again for
-        # the weights' gradient; the TTT mixer keeps the gathered one.
-        passes += 1 if model.is_ttt else 2
-    layer = passes * hidden
-    if model.is_ttt:
-        # The post-norm: two float32 numbers a token gathered, two all-reduced.
-        layer += 4 * 2 * tokens * (tp + 2)
+    mixer, options = mixer_of(model)
+    # The SwiGLU, forward and backward: an all-reduce, or a gather and a scatter, each way. Under
+    # sequence parallelism megatron-core keeps the cut input of a column-parallel projection and
+    # gathers it again for the weights' gradient.
+    layer = (5 if parallel.sequence_parallel else 4) * hidden
+    layer += mixer.sent_bytes(options, microbatch(config))
     # Embedding forward, head backward.
     ends = 4 * hidden + (hidden if parallel.sequence_parallel else 0)
     return share * (model.num_layers / pp * layer + ends)

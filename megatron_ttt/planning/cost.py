@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.errors import UserError
+from megatron_ttt.mixers.base import Microbatch
+from megatron_ttt.stack import dimensions, layer_parameters, mixer_of
 
 GIB = 2**30
 
@@ -61,33 +63,17 @@ def _device(name: str) -> Device | None:
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters by place: embedding (tied to the head), one layer's mixer, its fp32 part, its FFN,
-    what of a layer tensor parallelism does not cut, and the whole."""
-    D, nh, f, K = model.hidden_size, model.num_heads, model.head_dim, model.mini_batch_size
-    conv = D * model.conv_kernel + D
-    ffn = 3 * D * model.ffn_hidden_size
-    norms = 2 * D
-    fp32 = 0
-    mixer = 4 * D * D
-    replicated = norms
-    if model.is_ttt:
-        state = f * f + f if model.layer == "ttt_linear" else 8 * f * f + 5 * f
-        fp32 = nh * (state + 2 * f + D + 1) + K
-        mixer += fp32 + 2 * D  # post-norm
-        replicated += K
-    if model.is_mamba:
-        mixer += 2 * conv
-        norms += D + conv
-        replicated += D + conv
-    embedding = model.vocab_size * D
-    layer = mixer + ffn + norms
+    and the whole."""
+    embedding = model.vocab_size * model.hidden_size
+    rows = layer_parameters(model)
+    layer = sum(row.numel for row in rows)
     return {
         "embedding": embedding,
-        "mixer": mixer,
-        "fp32": fp32,
-        "ffn": ffn,
-        "replicated": replicated,
+        "mixer": sum(row.numel for row in rows if row.name.startswith("self_attention.")),
+        "fp32": sum(row.numel for row in rows if row.fp32),
+        "ffn": sum(row.numel for row in rows if row.name.startswith("mlp.")),
         "layer": layer,
-        "total": embedding + model.num_layers * layer + D,
+        "total": embedding + model.num_layers * layer + model.hidden_size,
     }
 
 
@@ -96,13 +82,15 @@ def parameters_of_rank(config: Config) -> tuple[int, int]:
     which both hold the embedding."""
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    counts = count_parameters(model)
     layers = model.num_layers // parallel.pipeline_model_parallel_size
-    layer = (counts["layer"] - counts["replicated"]) // tp + counts["replicated"]
-    rows = -(-model.vocab_size // tp)
-    return layers * layer + rows * model.hidden_size + model.hidden_size, layers * (
-        counts["fp32"] // tp
-    )
+    own = [
+        (row, row.numel // (tp if row.shard_dim is not None else 1))
+        for row in layer_parameters(model)
+    ]
+    layer, fp32 = sum(n for _, n in own), sum(n for row, n in own if row.fp32)
+    vocabulary = -(-model.vocab_size // tp)
+    ends = vocabulary * model.hidden_size + model.hidden_size
+    return layers * layer + ends, layers * fp32
 
 
 def checkpoint_bytes(config: Config) -> dict[str, int]:
@@ -117,16 +105,28 @@ def checkpoint_bytes(config: Config) -> dict[str, int]:
 
 def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Model FLOPs of a token's forward pass (docs/mathematics.md, cost)."""
-    D, f, K = model.hidden_size, model.head_dim, model.mini_batch_size
-    scan = {
-        "ttt_linear": D * (6 * f + 4 * K),
-        "ttt_mlp": D * (56 * f + 20 * K),
-        "attention": 2 * D * (seq_length + 1),
-    }[model.layer]
-    layer = scan + 8 * D * D + 6 * D * model.ffn_hidden_size
+    mixer, options = mixer_of(model)
+    D = model.hidden_size
+    layer = mixer.flops_per_token(dimensions(model), options, seq_length)
+    layer += 6 * D * model.ffn_hidden_size
     return model.num_layers * layer + 2 * model.vocab_size * D
 
 
 def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Forward and backward, recomputation not counted."""
     return 3 * forward_flops_per_token(model, seq_length)
+
+
+def microbatch(config: Config, *, on_cpu: bool = False) -> Microbatch:
+    """Return what one forward pass of a rank sees."""
+    training, parallel = config.training, config.parallel
+    return Microbatch(
+        sequences=training.micro_batch_size,
+        seq_length=training.seq_length,
+        dims=dimensions(config.model),
+        width=2 if training.precision == "bf16" else 4,
+        tp=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        on_cpu=on_cpu,
+        backend=training.scan_backend,
+    )

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_ttt.layers.ttt_mixer import TTTMixer
-from megatron_ttt.ops.statistics import InnerStatistics, inner_statistics
+from megatron_ttt.mixers.ttt.layer import TTTMixer
+from megatron_ttt.mixers.ttt.statistics import InnerStatistics, inner_statistics
 
 SEQUENCES = 2
 """Of each data-parallel rank's microbatch: what the statistics in a run's log are taken on."""

@@ -21,7 +21,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ttt.errors import TrainingError
-from megatron_ttt.model import EMBEDDING, global_parameters
+from megatron_ttt.model import global_parameters
+from megatron_ttt.stack import EMBEDDING
 from megatron_ttt.training.optimizer import KINDS
 
 Sums = dict[str, tuple[int, ...]]

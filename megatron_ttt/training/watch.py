@@ -13,7 +13,7 @@ from megatron_ttt.checkpoint.store import Checkpoint
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
-from megatron_ttt.ops.statistics import InnerStatistics
+from megatron_ttt.mixers.ttt.statistics import InnerStatistics
 from megatron_ttt.training.health import SpikeWatch, first_bad_place
 from megatron_ttt.training.inner_loop import (
     inner_figures,

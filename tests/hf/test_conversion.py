@@ -226,16 +226,16 @@ def test_several_ends_of_text(kind, layouts, tmp_path, monkeypatch):
 
 def test_verification_names_the_first_module_and_publishes_nothing(imported, tmp_path, monkeypatch):
     output = tmp_path / "hf"
-    unpack = exporter.unpack
+    split = exporter.split
 
-    def swapped(model, name, tensor):
-        pairs = list(unpack(model, name, tensor))
-        if name == "decoder.layers.1.mlp.linear_fc1.weight":
+    def swapped(row, tensor):
+        pairs = list(split(row, tensor))
+        if row.name == "decoder.layers.1.mlp.linear_fc1.weight":
             pairs = [(pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1])]
         return pairs
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter, "unpack", swapped)
+        patch.setattr(exporter, "split", swapped)
         with pytest.raises(
             UserError, match=r"first module .* is model\.layers\.1\.mlp\.gate_proj;"
         ):

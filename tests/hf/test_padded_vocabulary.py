@@ -15,7 +15,7 @@ from megatron_ttt.checkpoint.reader import read_metadata
 from megatron_ttt.config import load_config
 from megatron_ttt.hf.exporter import export_checkpoint
 from megatron_ttt.hf.loading import load_directory
-from megatron_ttt.model import EMBEDDING
+from megatron_ttt.stack import EMBEDDING
 from megatron_ttt.training.trainer import Trainer
 
 VOCABULARY = 97

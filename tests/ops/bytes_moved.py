@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ttt.ops.conv_rotate import causal_conv, plain_conv_rotate
+from megatron_ttt.ops.conv_rope import causal_conv, reference_conv_rope
 from megatron_ttt.ops.rope import mini_batch_angles
-from megatron_ttt.ops.wide_norm import wide_norm
+from megatron_ttt.ops.sharded_layer_norm import sharded_layer_norm
 
 L, B, HEADS, HEAD_DIM, K, W = 2048, 1, 12, 64, 16, 4
 D = HEADS * HEAD_DIM
@@ -71,14 +71,16 @@ def forms() -> Iterator[tuple[str, Callable, str, str]]:
     x = tokens()
     yield (
         "two convolutions, RoPE",
-        lambda: plain_conv_rotate(x, convolutions, *angles),
+        lambda: reference_conv_rope(x, convolutions, *angles),
         "x; q, k",
         "x, dq, dk; dx",
     )
     x, gate, weight, bias = tokens(), tokens(), weights(D), weights(D)
     yield (
         "post-norm, gate",
-        lambda: [F.gelu(gate, approximate="tanh") * wide_norm(x, weight, bias, 1e-6, ALONE)],
+        lambda: [
+            F.gelu(gate, approximate="tanh") * sharded_layer_norm(x, weight, bias, 1e-6, ALONE)
+        ],
         "x, gate; out",
         "x, gate, dout; dx, dgate",
     )

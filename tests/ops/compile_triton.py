@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,29 +26,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megatron_ttt.mixers.ttt.inner_model import CHECKPOINT_INTERVAL
+from megatron_ttt.mixers.ttt.linear import kernels as linear
+from megatron_ttt.mixers.ttt.mlp import backward_kernel, forward_kernel
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS
+from megatron_ttt.mixers.ttt.triton.common import worth_trying
 from megatron_ttt.ops.triton import (
-    conv_rotate,
-    linear,
-    mlp_backward,
-    mlp_forward,
-    norm_conv,
-    norm_gate,
+    conv_rope,
+    layernorm_gate,
+    rmsnorm_conv,
 )
-from megatron_ttt.ops.triton.common import GROUP, worth_trying
 
-MODULES = {"linear": (linear, linear), "mlp": (mlp_forward, mlp_backward)}
+MODULES = {"linear": (linear, linear), "mlp": (forward_kernel, backward_kernel)}
 KERNELS = [f"{kind}_{way}" for kind in MODULES for way in ("forward", "backward")]
 ROUND = {  # the scan; kernels and their modules
-    "conv_rotate_forward": conv_rotate,
-    "conv_rotate_backward": conv_rotate,
-    "moments": norm_gate,
-    "norm_gate_forward": norm_gate,
-    "row_sums": norm_gate,
-    "norm_gate_backward": norm_gate,
-    "row_scales": norm_conv,
-    "norm_conv_forward": norm_conv,
-    "row_means": norm_conv,
-    "norm_conv_backward": norm_conv,
+    "conv_rope_forward": conv_rope,
+    "conv_rope_backward": conv_rope,
+    "moments": layernorm_gate,
+    "layernorm_gate_forward": layernorm_gate,
+    "row_sums": layernorm_gate,
+    "layernorm_gate_backward": layernorm_gate,
+    "row_scales": rmsnorm_conv,
+    "rmsnorm_conv_forward": rmsnorm_conv,
+    "row_means": rmsnorm_conv,
+    "rmsnorm_conv_backward": rmsnorm_conv,
 }
 KERNELS += ROUND
 HEAD_DIMS, TARGETS = (64, 96), (80, 90)
@@ -117,38 +118,36 @@ def launches(kind: str, F: int, dtype: torch.dtype, L: int = 2048, K: int = 16) 
         q, k, v = torch.empty(3, BATCH, HEADS, L, F, dtype=dtype)
         lam, tau = torch.empty(BATCH * HEADS, L), torch.empty(K)
         gamma, beta = torch.empty(2, HEADS, F)
-        widths = (F, F) if kind == "linear" else (F, 4 * F, F)
         state = [
-            torch.empty(HEADS, rows, n).expand(BATCH, HEADS, rows, n)
-            for m, n in pairwise(widths)
-            for rows in (m, 1)
+            torch.empty(HEADS, *shape).expand(BATCH, HEADS, *shape)
+            for shape in INNER_MODELS[kind].state_shapes(F).values()
         ]
         shared = q, k, v, lam, tau, gamma, beta
-        out, final, kept = forward.forward(*shared, state, GROUP, True)
-        backward.backward(*shared, state, kept, GROUP, out, final)
+        out, final, kept = forward.forward(*shared, state, CHECKPOINT_INTERVAL, True)
+        backward.backward(*shared, state, kept, CHECKPOINT_INTERVAL, out, final)
     return launches
 
 
 def launches_round_the_scan(F: int, dtype: torch.dtype, L: int = 2048) -> dict:
     """The same of the kernels before and after the scan, on one rank and on one of two."""
-    communicating = {name: vars(norm_gate)[name] for name in ("row_statistics", "dist")}
-    norm_gate.row_statistics = lambda var, mean, *_: (mean, var)
-    norm_gate.dist = SimpleNamespace(all_reduce=lambda *_, **__: None)
+    communicating = {name: vars(layernorm_gate)[name] for name in ("row_statistics", "dist")}
+    layernorm_gate.row_statistics = lambda var, mean, *_: (mean, var)
+    layernorm_gate.dist = SimpleNamespace(all_reduce=lambda *_, **__: None)
     D = HEADS * F
     try:
         with recorded(ROUND) as launches:
             x, gate, v = torch.empty(L, BATCH, 3 * D, dtype=dtype, requires_grad=True).chunk(3, -1)
             weight, bias = torch.empty(D, 1, 4, dtype=dtype), torch.empty(D, dtype=dtype)
             angles = torch.empty(2, 16, F // 2)
-            outputs = [*conv_rotate.conv_rotate(x, [(weight, bias), (weight, bias)], *angles)]
+            outputs = [*conv_rope.conv_rope(x, [(weight, bias), (weight, bias)], *angles)]
             for ranks in (1, 2):
                 group = SimpleNamespace(size=lambda ranks=ranks: ranks)
-                outputs.append(norm_gate.norm_gate(v, gate, bias, bias, 1e-6, group))
+                outputs.append(layernorm_gate.layernorm_gate(v, gate, bias, bias, 1e-6, group))
             h = torch.empty(L, BATCH, D, dtype=dtype, requires_grad=True)
-            outputs.append(norm_conv.norm_conv(h, bias, 1e-6, weight, bias))
+            outputs.append(rmsnorm_conv.rmsnorm_conv(h, bias, 1e-6, weight, bias))
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     finally:
-        vars(norm_gate).update(communicating)
+        vars(layernorm_gate).update(communicating)
     return launches
 
 

@@ -18,22 +18,22 @@ import torch.nn.functional as F
 from harness import relative
 from triton_cases import DEVICE, poisoned
 
-from megatron_ttt.ops.conv_rotate import causal_conv, plain_conv_rotate
+from megatron_ttt.ops.conv_rope import causal_conv, reference_conv_rope
 from megatron_ttt.ops.rope import mini_batch_angles
-from megatron_ttt.ops.triton.conv_rotate import conv_rotate
-from megatron_ttt.ops.triton.norm_conv import norm_conv
-from megatron_ttt.ops.triton.norm_gate import norm_gate
-from megatron_ttt.ops.wide_norm import wide_norm
+from megatron_ttt.ops.sharded_layer_norm import sharded_layer_norm
+from megatron_ttt.ops.triton.conv_rope import conv_rope
+from megatron_ttt.ops.triton.layernorm_gate import layernorm_gate
+from megatron_ttt.ops.triton.rmsnorm_conv import rmsnorm_conv
 
 EPS = 1e-6
 
 
-def plain_norm_conv(h, scale, eps, weight, bias):
+def reference_rmsnorm_conv(h, scale, eps, weight, bias):
     return h + causal_conv(F.rms_norm(h, h.shape[-1:], scale, eps), weight, bias)
 
 
-def plain_norm_gate(x, gate, weight, bias, eps, group):
-    return F.gelu(gate, approximate="tanh") * wide_norm(x, weight, bias, eps, group)
+def reference_layernorm_gate(x, gate, weight, bias, eps, group):
+    return F.gelu(gate, approximate="tanh") * sharded_layer_norm(x, weight, bias, eps, group)
 
 
 def compare(fused, plain, tensors: list[torch.Tensor]) -> dict:
@@ -67,7 +67,7 @@ def part_of_projection(L: int, B: int, C: int, dtype: torch.dtype) -> torch.Tens
     return on_device(torch.randn(L, B, 3 * C), dtype).chunk(3, -1)[1].detach().requires_grad_()
 
 
-def conv_rotate_case(L: int, B: int, H: int, F: int, K: int, W: int, dtype) -> dict:
+def conv_rope_case(L: int, B: int, H: int, F: int, K: int, W: int, dtype) -> dict:
     C = H * F
     tensors = [part_of_projection(L, B, C, dtype)]
     for _ in range(2):
@@ -79,13 +79,13 @@ def conv_rotate_case(L: int, B: int, H: int, F: int, K: int, W: int, dtype) -> d
         return function(x, [weights[:2], weights[2:]], *angles)
 
     return compare(
-        partial(run, conv_rotate, torch.float32, torch.device(DEVICE)),
-        partial(run, plain_conv_rotate, torch.float64, torch.device("cpu")),
+        partial(run, conv_rope, torch.float32, torch.device(DEVICE)),
+        partial(run, reference_conv_rope, torch.float64, torch.device("cpu")),
         tensors,
     )
 
 
-def norm_conv_case(L: int, B: int, C: int, W: int, dtype) -> dict:
+def rmsnorm_conv_case(L: int, B: int, C: int, W: int, dtype) -> dict:
     shapes = (L, B, C), (C,), (C, 1, W), (C,)
     tensors = [on_device(torch.randn(shape), dtype) for shape in shapes]
 
@@ -93,10 +93,10 @@ def norm_conv_case(L: int, B: int, C: int, W: int, dtype) -> dict:
         h, scale, weight, bias = tensors
         return [function(h, scale, EPS, weight, bias)]
 
-    return compare(partial(run, norm_conv), partial(run, plain_norm_conv), tensors)
+    return compare(partial(run, rmsnorm_conv), partial(run, reference_rmsnorm_conv), tensors)
 
 
-def norm_gate_case(N: int, B: int, D: int, dtype, group, alone) -> dict:
+def layernorm_gate_case(N: int, B: int, D: int, dtype, group, alone) -> dict:
     """Rows of D columns on each rank of `group`; `alone`, of this rank, has them whole."""
     rank, ranks = group.rank(), group.size()
     mine = slice(rank * D, (rank + 1) * D)
@@ -106,17 +106,17 @@ def norm_gate_case(N: int, B: int, D: int, dtype, group, alone) -> dict:
 
     def fused(tensors):
         x, gate, weight, bias = (t[..., mine] for t in tensors)
-        return [norm_gate(x, gate, weight, bias, EPS, group)]
+        return [layernorm_gate(x, gate, weight, bias, EPS, group)]
 
     def plain(tensors):
-        return [plain_norm_gate(*tensors, EPS, alone)[..., mine]]
+        return [reference_layernorm_gate(*tensors, EPS, alone)[..., mine]]
 
     if ranks == 1:
         return compare(fused, plain, tensors)
 
     # The loss is the sum over ranks, so a rank's gradient is that of all the outputs.
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = plain_norm_gate(*exact, EPS, alone)
+    expected = reference_layernorm_gate(*exact, EPS, alone)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     expected = [expected, *torch.autograd.grad(expected, exact, upstream)]
 
@@ -135,12 +135,15 @@ def norm_gate_case(N: int, B: int, D: int, dtype, group, alone) -> dict:
 def cases(group, alone):
     """Name and figures of each."""
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        yield f"{name} conv_rotate", conv_rotate_case(70, 2, 6, 16, 16, 4, dtype)
-        yield f"{name} norm_conv", norm_conv_case(70, 2, 96, 4, dtype)
-        yield f"{name} norm_gate", norm_gate_case(300, 2, 96, dtype, alone, alone)
+        yield f"{name} conv_rope", conv_rope_case(70, 2, 6, 16, 16, 4, dtype)
+        yield f"{name} rmsnorm_conv", rmsnorm_conv_case(70, 2, 96, 4, dtype)
+        yield f"{name} layernorm_gate", layernorm_gate_case(300, 2, 96, dtype, alone, alone)
         if group.size() > 1:
-            yield f"{name} norm_gate on two ranks", norm_gate_case(5, 2, 40, dtype, group, alone)
-    yield "fp32 conv_rotate, short", conv_rotate_case(2, 1, 1, 20, 32, 4, torch.float32)
+            yield (
+                f"{name} layernorm_gate on two ranks",
+                layernorm_gate_case(5, 2, 40, dtype, group, alone),
+            )
+    yield "fp32 conv_rope, short", conv_rope_case(2, 1, 1, 20, 32, 4, torch.float32)
 
 
 if __name__ == "__main__":

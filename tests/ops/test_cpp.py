@@ -11,9 +11,9 @@ import torch
 from harness import relative
 from test_scan import CASES, NAMES, inputs, needs_cpp, run
 
-from megatron_ttt import ops
-from megatron_ttt.ops import ttt_scan
-from megatron_ttt.ops.cpp import build
+from megatron_ttt.mixers.ttt import scan as scans
+from megatron_ttt.mixers.ttt.cpp import build
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, LINEAR, ttt_scan
 
 # Widths between vectors', a mini-batch of more than one, and states that are kept and restored.
 MORE_CASES = [(1, 3, 50, 20, 8, False), (1, 2, 53, 24, 20, True), (1, 2, 16 * 32 + 3, 8, 16, False)]
@@ -24,9 +24,9 @@ def errors(kind, case):
     *sizes, per_batch = case
     # Seeded: of a single token tau's gradient may cancel to next to nothing.
     tensors = inputs(kind, *sizes, dtype=torch.float32, per_batch=per_batch, seed=0)
-    results, gradients, upstream = run(tensors, "cpp")
+    results, gradients, upstream = run(kind, tensors, "cpp")
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected, expected_gradients, _ = run(exact, "naive", [x.double() for x in upstream])
+    expected, expected_gradients, _ = run(kind, exact, "naive", [x.double() for x in upstream])
     states = [f"state {i}" for i in range(len(tensors) - 7)]
     names = ["output", *(f"final {name}" for name in states), *NAMES, *states]
     ours, theirs = [*results, *gradients], [*expected, *expected_gradients]
@@ -46,7 +46,7 @@ def test_is_the_naive_scan(kind, case):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_any_number_of_threads_and_any_strides_give_the_same_bits(kind):
     tensors = inputs(kind, 2, 3, 85, 16, 16, dtype=torch.float32)
-    results, gradients, upstream = run(tensors, "cpp")
+    results, gradients, upstream = run(kind, tensors, "cpp")
 
     def laid_out_by_token(x):
         """As the layers have it, [B, L, H, F] and a part of a longer row."""
@@ -59,7 +59,7 @@ def test_any_number_of_threads_and_any_strides_give_the_same_bits(kind):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            again, again_gradients, _ = run(strided, "cpp", upstream)
+            again, again_gradients, _ = run(kind, strided, "cpp", upstream)
             assert all(map(torch.equal, (*again, *again_gradients), (*results, *gradients)))
     finally:
         torch.set_num_threads(threads)
@@ -70,11 +70,11 @@ def test_any_number_of_threads_and_any_strides_give_the_same_bits(kind):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_goes_on_from_its_final_state(kind):
     tensors = inputs(kind, 2, 2, 85, 16, 16, dtype=torch.float32)
-    whole, final = ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="cpp")
+    whole, final = ttt_scan(INNER_MODELS[kind], *tensors[:7], tuple(tensors[7:]), backend="cpp")
     parts, state = [], tuple(tensors[7:])
     for stretch in (slice(0, 32), slice(32, 80), slice(80, 85)):
         tokens = [x[:, :, stretch] for x in tensors[:4]]
-        out, state = ttt_scan(*tokens, *tensors[4:7], state, backend="cpp")
+        out, state = ttt_scan(INNER_MODELS[kind], *tokens, *tensors[4:7], state, backend="cpp")
         parts.append(out)
     assert torch.equal(torch.cat(parts, 2), whole)
     assert all(map(torch.equal, state, final))
@@ -86,7 +86,7 @@ def test_a_token_that_is_no_number_stays_in_its_head_and_after_it(kind):
     tensors = inputs(kind, 1, 2, 64, 16, 16, dtype=torch.float32)
     with torch.no_grad():
         tensors[1][0, 1, 40] = torch.nan
-    out, _ = ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="cpp")
+    out, _ = ttt_scan(INNER_MODELS[kind], *tensors[:7], tuple(tensors[7:]), backend="cpp")
     assert out[:, 0].isfinite().all() and out[:, 1, :32].isfinite().all()
     assert out[:, 1, 48:].isnan().all()
 
@@ -96,7 +96,7 @@ def fresh_library(tmp_path, monkeypatch):
     """No library yet, and an empty folder for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    found = build.library, build.why_no_library, ops.say_once
+    found = build.library, build.unavailable_reason, scans.warn_once
     for function in found:
         function.cache_clear()
     yield tmp_path / "megatron-ttt"
@@ -119,7 +119,7 @@ def test_narrower_vectors(target, fresh_library, monkeypatch):
 
 @needs_cpp
 def test_several_processes_build_it_at_once(fresh_library):
-    command = "from megatron_ttt.ops.cpp.build import library; library(); print('loaded')"
+    command = "from megatron_ttt.mixers.ttt.cpp.build import library; library(); print('loaded')"
     processes = [
         subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
@@ -160,23 +160,23 @@ def test_without_a_library_it_is_said_once(trouble, said, fresh_library, monkeyp
     trouble(monkeypatch, fresh_library)
     tensors = inputs("linear", 1, 1, 20, 16, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match=f"C\\+\\+ cannot run this scan: .*({said})"):
-        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="cpp")
-    expected = ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="torch")[0]
+        ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]), backend="cpp")
+    expected = ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]), backend="torch")[0]
     with pytest.warns(UserWarning, match=rf"runs in PyTorch, not in C\+\+: .*({said})"):
-        assert torch.equal(ttt_scan(*tensors[:7], tuple(tensors[7:]))[0], expected)
+        assert torch.equal(ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]))[0], expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ttt_scan(*tensors[:7], tuple(tensors[7:]))
+        ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]))
 
 
 @needs_cpp
 def test_auto_takes_it_on_a_cpu():
-    scan = ops.Facts("linear", 20, 8, torch.bfloat16, torch.float32, "cpu")
-    assert ops.choose(scan) == "cpp"
-    assert ops.choose(scan._replace(state_dtype=torch.float64)) == "torch"
+    scan = scans.ScanProblem(LINEAR, 20, 8, torch.bfloat16, torch.float32, "cpu")
+    assert scans.select_backend(scan) == "cpp"
+    assert scans.select_backend(scan._replace(state_dtype=torch.float64)) == "torch"
 
 
 def test_float64_is_left_to_pytorch():
     tensors = inputs("linear", 1, 1, 20, 16, 16)
     with pytest.raises(ValueError, match="computes in float32, not in float64"):
-        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="cpp")
+        ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]), backend="cpp")

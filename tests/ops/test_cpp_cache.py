@@ -7,7 +7,7 @@ import pytest
 from test_cpp import fresh_library  # noqa: F401
 from test_scan import needs_cpp
 
-from megatron_ttt.ops.cpp import build
+from megatron_ttt.mixers.ttt.cpp import build
 
 pytestmark = needs_cpp
 
@@ -89,5 +89,5 @@ def test_the_folder_is_anothers(built, monkeypatch):
     monkeypatch.setattr(build.os, "geteuid", lambda: built.folder.stat().st_uid + 1)
     build.library.cache_clear()
     said = f"{built.folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own"
-    assert build.why_no_library() == said
+    assert build.unavailable_reason() == said
     assert built.loaded == ["own"]

@@ -9,11 +9,16 @@ import pytest
 import torch
 from harness import ROOT, torchrun
 
-from megatron_ttt.ops.fused import runs_fused
+from megatron_ttt.ops.fused import can_use_fused_kernels
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
-CASES = ["conv_rotate", "norm_conv", "norm_gate", *([] if ON_GPU else ["norm_gate on two ranks"])]
+CASES = [
+    "conv_rope",
+    "rmsnorm_conv",
+    "layernorm_gate",
+    *([] if ON_GPU else ["layernorm_gate on two ranks"]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +45,12 @@ def test_kernels_compute_what_pytorch_does(measured, case, dtype, bound):
 
 
 def test_sequences_shorter_than_the_convolution(measured):
-    assert max(measured["fp32 conv_rotate, short"]["errors"]) < 1e-5
+    assert max(measured["fp32 conv_rope, short"]["errors"]) < 1e-5
 
 
 def test_kernels_are_for_cuda():
     def runs(device, dtype):
-        return runs_fused(SimpleNamespace(device=torch.device(device), dtype=dtype))
+        return can_use_fused_kernels(SimpleNamespace(device=torch.device(device), dtype=dtype))
 
     assert runs("cuda", torch.bfloat16) and runs("cuda", torch.float32)
     assert not runs("cpu", torch.bfloat16) and not runs("cuda", torch.float64)

@@ -9,7 +9,7 @@ import torch
 from harness import relative
 from test_scan import NAMES, inputs, needs_cpp, run
 
-from megatron_ttt.ops import group
+from megatron_ttt.mixers.ttt import workspace
 
 BOUND = {"linear": 1e-5, "mlp": 1e-3}  # the naive form, in float32: 1e-6 and up to 1e-4
 FAST = ("torch", pytest.param("cpp", marks=needs_cpp))
@@ -24,11 +24,11 @@ def grown(kind, gamma, quiet=0, **sizes):
     return tensors
 
 
-def check(tensors, backend, bound):
+def check(kind, tensors, backend, bound):
     """All gradients against the naive form's in float64."""
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    _, expected, upstream = run(exact, "naive")
-    _, gradients, _ = run(tensors, backend, [x.float() for x in upstream])
+    _, expected, upstream = run(kind, exact, "naive")
+    _, gradients, _ = run(kind, tensors, backend, [x.float() for x in upstream])
     names = [*NAMES, *(f"state {i}" for i in range(len(tensors) - 7))]
     errors = {n: relative(a, b) for n, a, b in zip(names, gradients, expected)}
     assert max(errors.values()) < bound, errors
@@ -38,7 +38,7 @@ def check(tensors, backend, bound):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("gamma", [100, 1000])
 def test_at_once(kind, gamma, backend):
-    check(grown(kind, gamma, seed=gamma, per_batch=True), backend, BOUND[kind])
+    check(kind, grown(kind, gamma, seed=gamma, per_batch=True), backend, BOUND[kind])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -46,14 +46,14 @@ def test_at_once(kind, gamma, backend):
 @pytest.mark.parametrize("quiet", [3 * 16, 17 * 16])
 def test_later_in_a_group(kind, quiet, backend):
     """In the middle of the first group and of another."""
-    check(grown(kind, 1000, quiet, seed=0), backend, BOUND[kind])
+    check(kind, grown(kind, 1000, quiet, seed=0), backend, BOUND[kind])
 
 
 def test_without_the_host_knowing_whether_it_grew(monkeypatch):
     """What PyTorch's TTT-MLP does on a GPU, where it would have to wait to know."""
-    monkeypatch.setattr(group, "GROWTH", 0)
+    monkeypatch.setattr(workspace, "GROWTH", 0)
     tensors = inputs("mlp", 2, 2, 16 * 20 + 5, 16, 16, seed=0)
-    _, expected, upstream = run(tensors, "naive")
-    _, gradients, _ = run(tensors, "torch", upstream)
+    _, expected, upstream = run("mlp", tensors, "naive")
+    _, gradients, _ = run("mlp", tensors, "torch", upstream)
     for ours, theirs in zip(gradients, expected):
         assert relative(ours, theirs) < 1e-12

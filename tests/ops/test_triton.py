@@ -13,8 +13,8 @@ import torch
 from harness import ROOT, environment, finish, further, one_here
 from test_scan import inputs
 
-from megatron_ttt import ops
-from megatron_ttt.ops import ttt_scan
+from megatron_ttt.mixers.ttt import scan as scans
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, LINEAR, MLP, ttt_scan
 
 pytest.importorskip("triton")
 SHORT = "a part of the gradients"
@@ -98,15 +98,21 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
     """Asked for by name they refuse; `auto` takes PyTorch and says so once."""
     tensors = inputs("linear", 1, 1, 8, F, K, dtype=dtype)
     with pytest.raises(ValueError, match=reason):
-        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="triton")
+        ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]), backend="triton")
 
     on_cuda = like_on_cuda(tensors[0])
-    ops.say_once.cache_clear()
+    scans.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=reason):
-        assert ops.choose(ops.facts(on_cuda, tensors[4], tensors[7:])) == "torch"
+        assert (
+            scans.select_backend(scans.describe(LINEAR, on_cuda, tensors[4], tensors[7:]))
+            == "torch"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose(ops.facts(on_cuda, tensors[4], tensors[7:])) == "torch"
+        assert (
+            scans.select_backend(scans.describe(LINEAR, on_cuda, tensors[4], tensors[7:]))
+            == "torch"
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,30 +128,32 @@ def test_says_what_the_kernels_cannot_run(F, K, dtype, reason):
     ],
 )
 def test_shared_memory_decides_which_tiles_a_gpu_takes(kind, F, K, dtype, least, monkeypatch):
-    from megatron_ttt.ops.triton import scan
+    from megatron_ttt.mixers.ttt.triton import scan
 
     for there in (99, 163, 227):  # an RTX 4090, an A100, an H100
         monkeypatch.setattr(scan, "shared_kib", lambda device, there=there: there)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        reason = ops.why_not("triton", ops.Facts(kind, F, K, dtype, torch.float32, "cuda"))
+        model = INNER_MODELS[kind]
+        problem = scans.ScanProblem(model, F, K, dtype, torch.float32, "cuda")
+        reason = scans.unsupported_reason("triton", problem)
         assert (reason is None) == (there >= least), reason
         assert reason is None or f"KiB of shared memory, this GPU has {there}" in reason
 
 
 def test_auto_takes_the_kernels_on_cuda(monkeypatch):
-    from megatron_ttt.ops.triton import scan
+    from megatron_ttt.mixers.ttt.triton import scan
 
     monkeypatch.setattr(scan, "shared_kib", lambda device: 163)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensors = inputs("mlp", 1, 1, 8, 96, 16, dtype=torch.float32)
     on_cuda = like_on_cuda(tensors[0])
-    assert ops.choose(ops.facts(on_cuda, tensors[4], tensors[7:])) == "triton"
+    assert scans.select_backend(scans.describe(MLP, on_cuda, tensors[4], tensors[7:])) == "triton"
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="there is one choice")
 def test_a_deterministic_run_takes_a_choice_without_timing_it():
-    from megatron_ttt.ops.triton.common import TRITON_DTYPE, worth_trying
-    from megatron_ttt.ops.triton.mlp_forward import mlp_forward
+    from megatron_ttt.mixers.ttt.mlp.forward_kernel import mlp_forward
+    from megatron_ttt.mixers.ttt.triton.common import TRITON_DTYPE, worth_trying
 
     sizes = {"P": 64, "M": 256}
     timed = worth_trying(mlp_forward.configs, {}, **sizes)
@@ -163,4 +171,4 @@ def test_a_deterministic_run_takes_a_choice_without_timing_it():
 def test_needs_a_gpu_or_the_interpreter():
     tensors = inputs("linear", 1, 1, 16, 16, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="they need a CUDA device, not cpu"):
-        ttt_scan(*tensors[:7], tuple(tensors[7:]), backend="triton")
+        ttt_scan(LINEAR, *tensors[:7], tuple(tensors[7:]), backend="triton")

@@ -44,7 +44,7 @@ def test_shared_memory_fits_a_multiprocessor(records):
 
 
 def test_shared_memory_is_what_a_scan_is_chosen_by(records):
-    from megatron_ttt.ops.triton.scan import SHARED_KIB
+    from megatron_ttt.mixers.ttt.triton.scan import SHARED_KIB
 
     found = 0
     for record in records:

@@ -19,15 +19,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
+from megatron_ttt.mixers.ttt.linear import kernels as linear  # noqa: E402
+from megatron_ttt.mixers.ttt.mlp import backward_kernel, forward_kernel  # noqa: E402
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS  # noqa: E402
+from megatron_ttt.mixers.ttt.triton.scan import triton_scan  # noqa: E402
 from megatron_ttt.ops.triton import (  # noqa: E402
-    conv_rotate,
-    linear,
-    mlp_backward,
-    mlp_forward,
-    norm_conv,
-    norm_gate,
+    conv_rope,
+    layernorm_gate,
+    rmsnorm_conv,
 )
-from megatron_ttt.ops.triton.scan import triton_scan  # noqa: E402
 
 SCAN = {kind: (f"{kind}_forward", f"{kind}_backward") for kind in ("linear", "mlp")}
 
@@ -69,7 +69,7 @@ class NoDevice:
         return seconds
 
 
-MODULES = (linear, mlp_forward, mlp_backward, conv_rotate, norm_conv, norm_gate)
+MODULES = (linear, forward_kernel, backward_kernel, conv_rope, rmsnorm_conv, layernorm_gate)
 
 
 @pytest.fixture
@@ -99,12 +99,13 @@ def scan(kind: str, length: int) -> None:
         (x.detach().bfloat16() if i < 3 else x.detach()).requires_grad_()
         for i, x in enumerate(tensors)
     ]
+    model = INNER_MODELS[kind]
     state = tuple(W.expand(2, 3, *W.shape[-2:]) for W in tensors[7:])
-    out, final = triton_scan(*tensors[:7], state)
+    out, final = triton_scan(model, *tensors[:7], state)
     results = [out, *final]
     torch.autograd.grad(results, tensors, [torch.ones_like(x) for x in results])
     with torch.no_grad():
-        triton_scan(*tensors[:7], state)
+        triton_scan(model, *tensors[:7], state)
 
 
 @pytest.fixture
@@ -140,8 +141,8 @@ def test_choices_are_timed_once_and_remembered_on_disk(device):
 @pytest.mark.compile
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_round_the_scan_one_compilation_serves_every_length(device, monkeypatch, ranks):
-    monkeypatch.setattr(norm_gate, "row_statistics", lambda var, mean, *_: (mean, var))
-    monkeypatch.setattr(norm_gate.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(layernorm_gate, "row_statistics", lambda var, mean, *_: (mean, var))
+    monkeypatch.setattr(layernorm_gate.dist, "all_reduce", lambda *_, **__: None)
 
     class Group:
         def size(self):
@@ -152,9 +153,9 @@ def test_round_the_scan_one_compilation_serves_every_length(device, monkeypatch,
         x, gate, v = torch.randn(length, B, 3 * D).bfloat16().requires_grad_().chunk(3, -1)
         weight, bias = torch.randn(D, 1, 4).bfloat16(), torch.randn(D).bfloat16()
         outputs = [
-            *conv_rotate.conv_rotate(x, [(weight, bias)] * 2, *torch.randn(2, 16, F // 2)),
-            norm_gate.norm_gate(v, gate, bias, bias, 1e-6, Group()),
-            norm_conv.norm_conv(v.contiguous(), bias, 1e-6, weight, bias),
+            *conv_rope.conv_rope(x, [(weight, bias)] * 2, *torch.randn(2, 16, F // 2)),
+            layernorm_gate.layernorm_gate(v, gate, bias, bias, 1e-6, Group()),
+            rmsnorm_conv.rmsnorm_conv(v.contiguous(), bias, 1e-6, weight, bias),
         ]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     assert set(device.launched.values()) == {4}

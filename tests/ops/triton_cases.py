@@ -16,13 +16,13 @@ import torch
 from harness import relative
 from test_scan import NAMES, inputs
 
-from megatron_ttt.ops import ttt_scan
-from megatron_ttt.ops.naive import naive_scan
-from megatron_ttt.ops.triton import common
-from megatron_ttt.ops.triton.scan import triton_scan
+from megatron_ttt.mixers.ttt.reference import reference_scan
+from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ttt_scan
+from megatron_ttt.mixers.ttt.triton import common
+from megatron_ttt.mixers.ttt.triton.scan import triton_scan
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
-GROUP = 2
+INTERVAL = 2
 SHORT = "a part of the gradients"
 CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v, and what gamma is times
     "groups": (2, 2, 16 * 5, 16, 16, False, torch.float32),
@@ -80,14 +80,14 @@ def draw(kind: str, B, H, L, F, K, per_batch, dtype, times_gamma=1) -> dict:
     def expand(state):
         return tuple(W.expand(B, H, *W.shape[-2:]) for W in state)
 
-    out, final = naive_scan(*exact[:7], expand(exact[7:]))
+    out, final = reference_scan(INNER_MODELS[kind], *exact[:7], expand(exact[7:]))
     upstream = [torch.randn_like(result) for result in (out, *final)]
     upstream[0] = upstream[0].to(dtype).double()
     expected = dict(zip(names("", final), (out, *final)))
     expected |= dict(zip(names("d ", final), torch.autograd.grad([out, *final], exact, upstream)))
 
     def measure():
-        out, final = triton_scan(*ours[:7], expand(ours[7:]), group=GROUP)
+        out, final = triton_scan(INNER_MODELS[kind], *ours[:7], expand(ours[7:]), interval=INTERVAL)
         given = [u.to(DEVICE, r.dtype) for u, r in zip(upstream, (out, *final))]
         gradients = torch.autograd.grad([out, *final], ours, given)
         assert out.dtype == dtype and [g.dtype for g in gradients] == [x.dtype for x in ours]
@@ -95,7 +95,7 @@ def draw(kind: str, B, H, L, F, K, per_batch, dtype, times_gamma=1) -> dict:
 
     first, second = measure(), measure()
     with torch.no_grad():
-        silent = triton_scan(*ours[:7], expand(ours[7:]), group=GROUP)
+        silent = triton_scan(INNER_MODELS[kind], *ours[:7], expand(ours[7:]), interval=INTERVAL)
     return {
         "expected": expected,
         "results": dict(zip(expected, first)),
@@ -129,9 +129,10 @@ def poisoned():
     def poisoned_new(like, *shape):
         return nans(new(like, *shape))
 
-    from megatron_ttt.ops.triton import linear, mlp_backward, mlp_forward
+    from megatron_ttt.mixers.ttt.linear import kernels
+    from megatron_ttt.mixers.ttt.mlp import backward_kernel, forward_kernel
 
-    linear.new = mlp_forward.new = mlp_backward.new = poisoned_new
+    kernels.new = forward_kernel.new = backward_kernel.new = poisoned_new
     torch.empty_like = lambda x: nans(empty_like(x))
     torch.Tensor.new_empty = lambda x, *args, **kwargs: nans(x.new_zeros(*args, **kwargs))
 
@@ -144,7 +145,7 @@ def short_of_gradients(kind: str) -> dict:
     upstream = torch.randn(1, 2, 40, 16, device=DEVICE)
 
     def outputs(*tensors, backend):
-        return ttt_scan(*tensors[:7], tuple(tensors[7:]), backend=backend)[0]
+        return ttt_scan(INNER_MODELS[kind], *tensors[:7], tuple(tensors[7:]), backend=backend)[0]
 
     expected = torch.autograd.grad(outputs(*tensors, backend="torch"), wanted, upstream)
     out = torch.utils.checkpoint.checkpoint(

@@ -1,0 +1,176 @@
+"""What a mixer says about itself, once: its options and the table of its parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.layers.initialisers import Initialiser
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of the block that a mixer stands in."""
+
+    hidden_size: int
+    num_heads: int
+    init_std: float
+    """Standard deviation of initial weights."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How Hugging Face's tensors make one parameter: one after the other along its rows.
+
+    groups: the rows are cut into so many groups, and each group holds its part of every tensor.
+    """
+
+    parts: int
+    groups: int = 1
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return Hugging Face's tensors."""
+        grouped = tensor.unflatten(0, (self.groups, self.parts, -1))
+        return [part.flatten(0, 1) for part in grouped.unbind(1)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the parameter."""
+        grouped = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
+        return torch.stack(grouped, dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table from which a parameter is built, filled, cut, counted, exported and
+    imported."""
+
+    name: str
+    """Its name within the module that the table is of, such as `conv_q.weight`."""
+    shape: tuple[int, ...]
+    """Of the global tensor, which one process without parallelism holds."""
+    initialiser: Initialiser
+    hf_names: tuple[str, ...]
+    """Hugging Face's tensors, by their names within the layer; several where they are packed."""
+    shard_dim: int | None = None
+    """The dimension that tensor parallelism cuts; None for a replicated parameter."""
+    fp32: bool = False
+    """Whether it stays in float32 in a bf16 model."""
+    groups: int = 1
+    """Of `Packing`."""
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def packing(self) -> Packing:
+        """How Hugging Face's tensors make it."""
+        return Packing(len(self.hf_names), self.groups)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of Hugging Face's tensors by their names within the layer."""
+        rows, *others = self.shape
+        return {name: (rows // len(self.hf_names), *others) for name in self.hf_names}
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass of one rank sees, for estimates of its cost."""
+
+    sequences: int
+    seq_length: int
+    dims: Dimensions
+    width: int
+    """Bytes of an activation: 2 in bf16, else 4."""
+    tp: int
+    """Tensor-parallel ranks."""
+    sequence_parallel: bool
+    on_cpu: bool
+    backend: str
+    """The mixer's, as it is configured."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all its sequences."""
+        return self.sequences * self.seq_length
+
+    @property
+    def whole(self) -> int:
+        """Numbers of a hidden state that a rank has whole."""
+        return self.tokens * self.dims.hidden_size
+
+    @property
+    def rows(self) -> float:
+        """Numbers of a hidden state that sequence parallelism cuts."""
+        return self.whole / (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def columns(self) -> float:
+        """Numbers of a hidden state that tensor parallelism cuts."""
+        return self.whole / self.tp
+
+    def saved_by_norm(self) -> list[float]:
+        """Bytes of what a norm saves: its input in float32, and what its weight multiplies."""
+        return [4 * self.rows, self.width * self.rows]
+
+
+class Mixer(ABC):
+    """A kind of mixer. One object of each is registered under its name."""
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    """For people: TTT-Linear."""
+    hf_norms: ClassVar[tuple[str, str]]
+    """Hugging Face's names of the norm before the mixer and of the one before the SwiGLU."""
+
+    @abstractmethod
+    def parameters(self, dims: Dimensions, options: Any) -> list[Parameter]:
+        """Return the table of the mixer's parameters, in the order they are exported."""
+
+    @abstractmethod
+    def spec(self, options: Any, backend: str = "auto") -> ModuleSpec:
+        """Return the spec of the module that stands in the place of self-attention.
+
+        backend: which implementation runs, for mixers that have several.
+        """
+
+    @abstractmethod
+    def flops_per_token(self, dims: Dimensions, options: Any, seq_length: int) -> float:
+        """Return the FLOPs of a token's forward pass, projections included (docs/mathematics.md,
+        cost)."""
+
+    @abstractmethod
+    def saved_bytes(self, options: Any, batch: Microbatch) -> list[float]:
+        """Return the bytes of each tensor that a layer's mixer, and its pre-conv, save for their
+        backward pass, but for the states."""
+
+    def saved_state_bytes(self, options: Any, batch: Microbatch) -> float:
+        """Return the bytes of states, and of what comes with them, that a layer's mixer saves."""
+        return 0.0
+
+    @abstractmethod
+    def sent_bytes(self, options: Any, batch: Microbatch) -> float:
+        """Return the bytes that tensor parallelism gathers and reduces for a layer's mixer, forward
+        and backward; an all-reduce counts twice, and the share (tp - 1) / tp is left out."""
+
+    def pre_conv_width(self, options: Any) -> int | None:
+        """Return the width of the convolution that the block has before the mixer, None for none.
+
+        A block that has one computes h += conv(RMSNorm(h)) first.
+        """
+        return None

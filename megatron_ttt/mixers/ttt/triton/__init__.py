@@ -1,0 +1,1 @@
+"""The scan through Triton kernels: what those of both inner models share."""
