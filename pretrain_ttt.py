@@ -82,16 +82,16 @@ def main() -> int:
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
-    from megatron_ttt.training.lost import Whereabouts, naming_lost_ranks
-    from megatron_ttt.training.run_lock import alone_in
+    from megatron_ttt.training.lost_ranks import Progress, naming_lost_ranks
+    from megatron_ttt.training.run_lock import exclusive_run_dir
     from megatron_ttt.training.trainer import Trainer, start
 
-    at = Whereabouts()
-    with naming_lost_ranks(at):
+    progress = Progress()
+    with naming_lost_ranks(progress):
         platform = start(config)
         # While rank 0 waits for a run before to end, the others wait for rank 0.
-        with alone_in(Path(config.run.dir), 60 * config.run.timeout_minutes / 2, stop):
-            trainer = Trainer(config, platform, stop, at)
+        with exclusive_run_dir(Path(config.run.dir), 60 * config.run.timeout_minutes / 2, stop):
+            trainer = Trainer(config, platform, stop, progress)
             # What stands now lives as long as the run: saves need not collect among it.
             gc.freeze()
             try:

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import megatron_ttt.training.trainer  # noqa: F401 (what forked ranks would import)
 import pretrain_ttt
-from megatron_ttt.checkpoint.store import list_checkpoints
+from megatron_ttt.checkpoint.run_folder import list_checkpoints
 from megatron_ttt.errors import run_command
 
 ROOT = Path(__file__).parent.parent

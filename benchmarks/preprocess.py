@@ -33,7 +33,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_ttt.data.reader import MalformedLines, read_documents
-from megatron_ttt.data.source import find_shards
+from megatron_ttt.data.shards import find_shards
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_c4.py"
 

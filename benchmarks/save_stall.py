@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ttt.checkpoint.run_folder import checkpoint_name, open_checkpoint
 from megatron_ttt.checkpoint.state import load_checkpoint
-from megatron_ttt.checkpoint.store import checkpoint_name, open_checkpoint
 from megatron_ttt.checkpoint.verification import damage_found_together
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import load_config

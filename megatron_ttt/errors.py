@@ -58,7 +58,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         return code
 
 
-def of_rank_0(find: Callable[[], T]) -> T:
+def run_on_rank0(find: Callable[[], T]) -> T:
     """What rank 0 finds, which it alone looks for. Collective. Its `UserError` all ranks raise: on
     another node they would only see it go, and their launcher would try again."""
     import torch.distributed as dist
@@ -75,7 +75,7 @@ def of_rank_0(find: Callable[[], T]) -> T:
     return found[0]
 
 
-def of_every_rank(work: Callable[[], T]) -> T:
+def run_on_every_rank(work: Callable[[], T]) -> T:
     """What each rank's own work returns. Collective. The `UserError` of one all ranks raise."""
     import torch.distributed as dist
 

@@ -26,20 +26,20 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.checkpoint.state import load_weights
-from megatron_ttt.checkpoint.store import open_checkpoint
 from megatron_ttt.checkpoint.verification import open_whole_together
 from megatron_ttt.config import Config
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.configuration import (
     config_with_defaults,
-    model_from_official,
-    read_official,
+    model_from_hf_config,
+    read_hf_config,
 )
+from megatron_ttt.hf.export_manifest import read_evaluation
 from megatron_ttt.hf.mapping import gather_hf
-from megatron_ttt.hf.source import read_evaluation
-from megatron_ttt.model import build_chunks, core_config
+from megatron_ttt.model import build_chunks, make_transformer_config
 
 
 class Evaluator:
@@ -50,7 +50,7 @@ class Evaluator:
 
     def __init__(self, config: Config, platform, checkpoint: str, dtype: torch.dtype | None):
         self.config, self.device = config, platform.device
-        self.chunks = build_chunks(config, core_config(config, platform, dtype))
+        self.chunks = build_chunks(config, make_transformer_config(config, platform, dtype))
         load_weights(open_whole_together(checkpoint), self.chunks)
         for chunk in self.chunks:
             chunk.eval()
@@ -187,8 +187,8 @@ def measure(evaluator: Evaluator | OfficialEvaluator, config: Config) -> dict[st
         if losses is None:
             continue
         kept = torch.ones_like(losses, dtype=torch.float64, device="cpu")
-        if data.masked_id is not None:
-            kept = (tokens[:, 1:] != data.masked_id).double()
+        if data.ignored_target_id is not None:
+            kept = (tokens[:, 1:] != data.ignored_target_id).double()
         losses = losses.double().cpu() * kept
         sums[0, :length] += losses.sum(0)
         sums[1, :length] += kept.sum(0)
@@ -290,10 +290,10 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
     An export is evaluated as the checkpoint that it was made of; of another directory, sequences
     are as long as its config.json says. Its tokenizer.model, else tokenizer.json, is the tokenizer.
     """
-    official = read_official(folder / "config.json")
+    official = read_hf_config(folder / "config.json")
     tree = read_evaluation(folder)
     tree["training"] = {**_untrained(official), **tree.get("training", {})}
-    tree["model"] = dataclasses.asdict(model_from_official(official))
+    tree["model"] = dataclasses.asdict(model_from_hf_config(official))
     files = (folder / "tokenizer.model", folder / "tokenizer.json")
     if there := [str(path) for path in files if path.exists()]:
         tree["data"] = {**tree.get("data", {}), "tokenizer_model": there[0]}

@@ -23,7 +23,7 @@ from megatron_ttt.stack import EMBEDDING, model_parameters
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def core_config(
+def make_transformer_config(
     config: Config, platform: Platform, dtype: torch.dtype | None = None
 ) -> TransformerConfig:
     """megatron-core's view of our configuration. dtype: over `training.precision`'s.

@@ -5,21 +5,21 @@ import sys
 import torch.distributed as dist
 
 from megatron_ttt.config import load_config
-from megatron_ttt.model import build_chunks, core_config, initialise_weights
+from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
 from megatron_ttt.training.optimizer import build_optimizer, wrap_chunks
-from megatron_ttt.training.optimizer_checks import differing_weights, sum_up
+from megatron_ttt.training.optimizer_checks import compute_checksums, differing_weights
 from megatron_ttt.training.trainer import start
 
 config = load_config(["yaml_recipes/debug_cpu.yaml"], sys.argv[1:])
 platform = start(config)
-chunks = build_chunks(config, core_config(config, platform))
+chunks = build_chunks(config, make_transformer_config(config, platform))
 for chunk in chunks:
     initialise_weights(chunk, config.model, seed=0)
 optimizer = build_optimizer(config, wrap_chunks(config, chunks))
 
 
 def found() -> list[str]:
-    return differing_weights(sum_up(chunks, optimizer), platform.device)
+    return differing_weights(compute_checksums(chunks, optimizer), platform.device)
 
 
 before = found()

@@ -48,9 +48,9 @@ def write_official(folder: Path, config: dict, parameters: dict[str, torch.Tenso
 def model_section(config: dict[str, Any]) -> dict[str, Any]:
     """The recipe's model section for an official config."""
     from megatron_ttt.config import to_dict
-    from megatron_ttt.hf.configuration import model_from_official
+    from megatron_ttt.hf.configuration import model_from_hf_config
 
-    return to_dict(model_from_official(config))
+    return to_dict(model_from_hf_config(config))
 
 
 def random_official(

@@ -20,8 +20,8 @@ from harness import ROOT
 from torch.distributed import distributed_c10d
 
 from megatron_ttt.checkpoint.reader import read_metadata
+from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.checkpoint.state import load_checkpoint
-from megatron_ttt.checkpoint.store import open_checkpoint
 from megatron_ttt.config import load_config
 from megatron_ttt.training.trainer import Trainer, start
 

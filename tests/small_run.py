@@ -13,7 +13,7 @@ import psutil
 from harness import start
 from prefork import ForkedPopen
 
-from megatron_ttt.checkpoint.store import list_checkpoints
+from megatron_ttt.checkpoint.run_folder import list_checkpoints
 
 STEPS = 8
 COMMAND = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]

@@ -9,7 +9,7 @@ from small_run import STEPS, small_recipe
 
 from megatron_ttt.checkpoint.inspection import description
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
-from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.errors import UserError
 from megatron_ttt.platform import compat
 

@@ -40,13 +40,13 @@ def test_recipes_are_the_papers(layer, size):
 
 
 def test_parameter_count_is_the_built_models(cpu_platform):
-    from megatron_ttt.model import build_chunk, core_config
+    from megatron_ttt.model import build_chunk, make_transformer_config
 
     for layer in ("ttt_linear", "ttt_mlp", "attention"):
         for backbone in ("mamba", "transformer"):
             overrides = [f"model.layer={layer}", f"model.backbone={backbone}"]
             config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
-            chunk = build_chunk(config, core_config(config, cpu_platform), None)
+            chunk = build_chunk(config, make_transformer_config(config, cpu_platform), None)
             counts = count_parameters(config.model)
             assert sum(p.numel() for p in chunk.parameters()) == counts["total"]
             fp32 = sum(p.numel() for p in chunk.parameters() if getattr(p, "keep_fp32", False))

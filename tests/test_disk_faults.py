@@ -20,8 +20,8 @@ import torch
 from harness import run
 from small_run import COMMAND, STEPS, begin, losses, small_recipe, steps, wait_for
 
-from megatron_ttt.checkpoint.faults import _of_the_disk
 from megatron_ttt.checkpoint.manifest import find_damage
+from megatron_ttt.checkpoint.save_errors import _of_the_disk
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.platform.compat import ResultsFile
@@ -263,7 +263,7 @@ def test_old_checkpoints_go_behind_training(build, tmp_path, monkeypatch):
 
 def save_behind(trainer, look) -> None:
     """Save in the background, in whose process `look` is called; give it a minute."""
-    trainer.watch.checks = lambda step: Checks(look, lambda seen: {"seen": seen})
+    trainer.monitor.checks = lambda step: Checks(look, lambda seen: {"seen": seen})
     trainer.save()
     (process,) = multiprocessing.active_children()
     process.join(60)

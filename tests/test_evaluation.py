@@ -22,7 +22,7 @@ from megatron_ttt.errors import UserError
 def result(cpu_platform, monkeypatch) -> dict:
     """Of a model that is as wrong as float64 goes, and beyond."""
     batches = [torch.ones(2, 65).long()]
-    data = SimpleNamespace(masked_id=None, notes=[], validation_batches=lambda: batches)
+    data = SimpleNamespace(ignored_target_id=None, notes=[], validation_batches=lambda: batches)
     monkeypatch.setattr(evaluation, "open_data", lambda config, train: data)
     evaluator = SimpleNamespace(device="cpu", token_losses=lambda tokens: torch.full((2, 64), 800))
     return evaluation.measure(evaluator, config=None)

@@ -11,7 +11,7 @@ from harness import ROOT, random_official, write_official
 sys.path.insert(0, str(ROOT / "tools"))
 import generate
 
-from megatron_ttt.data.identity import fingerprints
+from megatron_ttt.data.fingerprint import fingerprints
 from megatron_ttt.data.tokenizer_training import train_tokenizer
 from megatron_ttt.errors import UserError
 

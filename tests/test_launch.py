@@ -164,7 +164,7 @@ if sys.argv[1] != "pretrain_ttt.py":
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 
 
-def say(word):
+def log_line(word):
     with open("{log}", "a") as file:
         file.write(word + "\\n")
 
@@ -197,11 +197,11 @@ def test_a_stop_holds_where_a_process_fails_on_the_way(tmp_path):
     """What torchrun starts again then is told from the start, and trains no further."""
     fails = """
 if "MEGATRON_TTT_STOP" in os.environ:
-    say("stopped")
+    log_line("stopped")
     sys.exit(75)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
-say("began")
+log_line("began")
 """
     with begun(tmp_path, fails) as (script, log):
         script.send_signal(signal.SIGUSR1)
@@ -219,13 +219,13 @@ def test_a_signal_to_every_process_leaves_them_time_to_save(tmp_path):
 def save(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(33)
-    say("saved")
+    log_line("saved")
     sys.exit(75)
 
 
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGUSR1, lambda *_: None)
-say("began")
+log_line("began")
 """
     with begun(tmp_path, saves) as (script, log):
         for process in [*psutil.Process(script.pid).children(recursive=True), script]:

@@ -114,7 +114,7 @@ def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, backb
     """DDP waits in front of these calls for weights that are still on their way."""
     from megatron_ttt.config import load_config
     from megatron_ttt.layers import conv, norm
-    from megatron_ttt.model import build_chunks, core_config, initialise_weights
+    from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
     from megatron_ttt.ops.triton import layernorm_gate, rmsnorm_conv
 
     if fused:
@@ -123,7 +123,7 @@ def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, backb
         monkeypatch.setattr(rmsnorm_conv, "rmsnorm_conv", lambda h, *weights: h)
         monkeypatch.setattr(layernorm_gate, "layernorm_gate", lambda x, *others: x)
     config = load_config(["yaml_recipes/debug_cpu.yaml"], [f"model.backbone={backbone}"])
-    (chunk,) = build_chunks(config, core_config(config, cpu_platform))
+    (chunk,) = build_chunks(config, make_transformer_config(config, cpu_platform))
     initialise_weights(chunk, config.model, seed=0)
     called = set()
     for name, module in chunk.named_modules():

@@ -232,16 +232,16 @@ def test_a_report_of_the_inner_loop_where_something_is_wrong(
     trainer = build_trainer(*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100")
     microbatches = next(trainer.data.train_batches(0, STEPS))
     figures = trainer.train_step(microbatches)
-    trainer.watch.look(1, figures, microbatches, bad_steps=0)
+    trainer.monitor.after_step(1, figures, microbatches, bad_steps=0)
     assert capsys.readouterr().out == ""
     mixer = trainer.chunks[0].decoder.layers[1].self_attention
     mixer.W1.data[0, 0, 0] = math.nan
     mixer.learnable_token_idx.data[2:6] = -1
-    trainer.watch.look(2, figures, microbatches, bad_steps=1)
+    trainer.monitor.after_step(2, figures, microbatches, bad_steps=1)
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "The inner loop at step 2:" and len(table) == 4
     assert table[2].endswith("100.0%") and " 0% " in table[2]
     assert "nan" in table[3] and " 25% " in table[3] and not table[3].endswith("100.0%")
     # Not again at once.
-    trainer.watch.look(3, figures, microbatches, bad_steps=2)
+    trainer.monitor.after_step(3, figures, microbatches, bad_steps=2)
     assert capsys.readouterr().out == ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ttt.checkpoint.store import link_milestone, prune, publish, remove_leftovers
+from megatron_ttt.checkpoint.run_folder import link_milestone, prune, publish, remove_leftovers
 from megatron_ttt.training.loggers import JsonLines, TensorBoard
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import load_config, to_dict
 from megatron_ttt.errors import UserError
 from megatron_ttt.training.resume_checks import check_resume

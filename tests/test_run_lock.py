@@ -47,7 +47,7 @@ class Stop:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    monkeypatch.setattr(run_lock, "of_rank_0", lambda find: find())
+    monkeypatch.setattr(run_lock, "run_on_rank0", lambda find: find())
     monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.01)
 
@@ -84,7 +84,7 @@ def kill(process: int) -> None:
 def test_a_run_waits_for_the_one_before_to_end(tmp_path, capsys):
     with held(tmp_path, json.dumps([socket.gethostname(), "process 17"])) as child:
         threading.Timer(0.3, kill, [child]).start()
-        with run_lock.alone_in(tmp_path, 60, Stop()):
+        with run_lock.exclusive_run_dir(tmp_path, 60, Stop()):
             host, process = json.loads((tmp_path / run_lock.LOCK_FILE).read_text())
     assert (host, process) == (socket.gethostname(), f"process {os.getpid()}")
     assert f"Waiting for process 17 on {host}" in capsys.readouterr().out
@@ -95,13 +95,16 @@ def test_a_lock_of_this_machine_or_of_nobody_is_heeded(tmp_path, text):
     with (
         held(tmp_path, text),
         pytest.raises(UserError, match="is training in run"),
-        run_lock.alone_in(tmp_path, 0.05, Stop()),
+        run_lock.exclusive_run_dir(tmp_path, 0.05, Stop()),
     ):
         pass
 
 
 def test_the_lock_of_a_lost_machine_is_gone_over(tmp_path, capsys):
-    with held(tmp_path, '["that-was", "process 17"]'), run_lock.alone_in(tmp_path, 0.05, Stop()):
+    with (
+        held(tmp_path, '["that-was", "process 17"]'),
+        run_lock.exclusive_run_dir(tmp_path, 0.05, Stop()),
+    ):
         assert "is locked from that-was still" in capsys.readouterr().out
 
 
@@ -118,7 +121,7 @@ def test_a_run_that_lives_on_another_machine_is_not_overrun(tmp_path):
         try:
             with (
                 pytest.raises(UserError, match="process 17 on another is training in run"),
-                run_lock.alone_in(tmp_path, 0.3, Stop()),
+                run_lock.exclusive_run_dir(tmp_path, 0.3, Stop()),
             ):
                 pass
         finally:
@@ -128,7 +131,7 @@ def test_a_run_that_lives_on_another_machine_is_not_overrun(tmp_path):
 
 
 def test_a_run_gives_signs_of_life(tmp_path):
-    with run_lock.alone_in(tmp_path, 1, Stop()):
+    with run_lock.exclusive_run_dir(tmp_path, 1, Stop()):
         touched = os.stat(tmp_path / run_lock.LOCK_FILE).st_mtime_ns
         wait_until(lambda: os.stat(tmp_path / run_lock.LOCK_FILE).st_mtime_ns > touched)
 
@@ -143,7 +146,7 @@ def wait_until(holds) -> None:
 def test_a_run_that_was_taken_over_stops(tmp_path, cpu_platform):
     stop = StopRequests.__new__(StopRequests)
     stop.started, stop.lock, stop._signal, stop._has_launcher = 0.0, None, 0, False
-    with run_lock.alone_in(tmp_path, 1, stop):
+    with run_lock.exclusive_run_dir(tmp_path, 1, stop):
         stop.check_alone()
         assert stop.reason(cpu_platform.device) is None
         (tmp_path / "new").write_text('["another", "process 17"]')
@@ -172,7 +175,7 @@ def test_a_run_that_was_taken_over_saves_nothing(build_trainer, tmp_path):
 
 def test_a_lock_that_is_removed_is_made_anew(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    with run_lock.alone_in(run_dir, 1, stop := Stop()):
+    with run_lock.exclusive_run_dir(run_dir, 1, stop := Stop()):
         shutil.rmtree(run_dir)
         wait_until((run_dir / run_lock.LOCK_FILE).exists)
         stop.lock.check()
@@ -187,7 +190,7 @@ def test_a_signal_ends_the_wait(tmp_path):
     with (
         held(tmp_path, ""),
         pytest.raises(run_lock.StoppedWaiting) as stopped,
-        run_lock.alone_in(tmp_path, 60, stop),
+        run_lock.exclusive_run_dir(tmp_path, 60, stop),
     ):
         pass
     assert stopped.value.exit_code == EXIT_STOPPED
@@ -198,7 +201,7 @@ def test_on_a_full_disk_the_lock_holds_without_a_name(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
-        with run_lock.alone_in(tmp_path, 1, Stop()):
+        with run_lock.exclusive_run_dir(tmp_path, 1, Stop()):
             assert (tmp_path / run_lock.LOCK_FILE).read_text() == ""
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -210,6 +213,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
-    with run_lock.alone_in(tmp_path / "new", 10, Stop()):
+    with run_lock.exclusive_run_dir(tmp_path / "new", 10, Stop()):
         assert (tmp_path / "new").is_dir()
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().out

@@ -95,8 +95,8 @@ def test_a_folder_that_is_removed(trainer, capfd, monkeypatch, moment):
             save = writer.dist_checkpointing.save
             removing.setattr(writer.dist_checkpointing, "save", partial(remove, save))
         else:
-            checks = Checks(look=remove, agree=lambda seen: {})
-            removing.setattr(trainer.watch, "checks", lambda step: checks)
+            checks = Checks(compute=remove, compare=lambda seen: {})
+            removing.setattr(trainer.monitor, "checks", lambda step: checks)
         check_failed(trainer, capfd, "[Errno 2] No such file or directory")
     check_next(trainer)
 

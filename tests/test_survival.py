@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from kill_test import digests
 
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.store import (
+from megatron_ttt.checkpoint.run_folder import (
     check_architecture,
     find_newest,
     link_milestone,
@@ -332,7 +332,7 @@ def test_a_single_bad_step_leaves_weights_and_moments(build_trainer, recipe, tmp
 
 
 def test_a_gradient_that_is_not_finite_is_found_where_it_is(build_trainer, recipe, tmp_path):
-    from megatron_ttt.training.health import first_bad_place
+    from megatron_ttt.training.anomalies import first_nonfinite_module
     from megatron_ttt.training.optimizer import step_optimizer
 
     trainer = build_trainer(*recipe, f"run.dir={tmp_path}")
@@ -342,7 +342,7 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_is(build_trainer, recip
     trainer.chunks[0].get_parameter(name).main_grad[0] = float("nan")
     _, skipped = step_optimizer(trainer.optimizer, torch.tensor(1.0))
     assert skipped == 1
-    place = first_bad_place(trainer.chunks, lambda: None)
+    place = first_nonfinite_module(trainer.chunks, lambda: None)
     assert place == f"the gradient of layer 2 ({name})"
 
 
@@ -355,7 +355,7 @@ def test_a_replica_that_differs_is_found(tmp_path, tensor_parallel):
 
 
 def test_a_spike_is_said_once_it_is_one():
-    from megatron_ttt.training.health import SpikeWatch
+    from megatron_ttt.training.anomalies import SpikeWatch
 
     random = np.random.default_rng(0)
     watch = SpikeWatch("loss")

@@ -36,14 +36,14 @@ def to_llama(name: str, tensor: torch.Tensor, heads: int) -> dict[str, torch.Ten
 def test_is_llama(cpu_platform):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_ttt.model import build_chunk, core_config, global_parameters
+    from megatron_ttt.model import build_chunk, global_parameters, make_transformer_config
 
     config = load_config(
         [ROOT / "yaml_recipes/debug_cpu.yaml"],
         ["model.layer=attention", "model.vocab_size=96", "model.num_layers=3"],
     )
     model = config.model
-    ours = build_chunk(config, core_config(config, cpu_platform, torch.float64), None)
+    ours = build_chunk(config, make_transformer_config(config, cpu_platform, torch.float64), None)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in ours.parameters():

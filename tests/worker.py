@@ -153,7 +153,9 @@ def first_gradients(trainer, tensors: dict, problems: list) -> None:
         chunk.train()
     set_inner_lr_scale(trainer.chunks, inner_lr_scale(trainer.config, trainer.step + 1))
     microbatches = next(trainer.data.train_batches(trainer.step, trainer.step + 1))
-    run_batches(trainer.ddp_chunks, microbatches, trainer.data.masked_id, trainer.platform.device)
+    run_batches(
+        trainer.ddp_chunks, microbatches, trainer.data.ignored_target_id, trainer.platform.device
+    )
     # Each data-parallel rank holds its shard of every reduced bucket.
     for ddp in trainer.ddp_chunks:
         for buffer in ddp.buffers:

@@ -95,7 +95,7 @@ def print_inner_loop(arguments: argparse.Namespace, evaluator, config) -> None:
 
     from megatron_ttt.data.batches import open_data
     from megatron_ttt.evaluation import read_input_ids
-    from megatron_ttt.training.inner_loop import inner_figures, inner_table, observe_inner_loop
+    from megatron_ttt.training.inner_loop import inner_metrics, inner_table, observe_inner_loop
 
     if not config.model.is_ttt:
         raise UserError(f"{arguments.checkpoint} is of model.layer=attention: no inner loop")
@@ -108,7 +108,7 @@ def print_inner_loop(arguments: argparse.Namespace, evaluator, config) -> None:
     seen = observe_inner_loop(evaluator.chunks, lambda: evaluator.logits(ids))
     if dist.get_rank() == 0:
         print(inner_table(seen))
-        print(json.dumps(inner_figures(seen)))
+        print(json.dumps(inner_metrics(seen)))
 
 
 def write_result(arguments: argparse.Namespace, result: dict) -> None:

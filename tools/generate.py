@@ -102,9 +102,9 @@ def prompts(arguments: argparse.Namespace):
 
 def open_tokenizer(config, checkpoint: Path | None):
     """The tokenizer of the training data."""
-    from megatron_ttt.checkpoint.store import open_checkpoint
+    from megatron_ttt.checkpoint.run_folder import open_checkpoint
     from megatron_ttt.data.tokenizer import check_vocabulary, load_tokenizer
-    from megatron_ttt.hf.trained_with import check_trained_with
+    from megatron_ttt.hf.tokenizer_check import check_trained_with
 
     if config.data.tokenizer_model is None:
         raise UserError("no tokenizer is known: set data.tokenizer_model=FILE")
@@ -137,7 +137,7 @@ class Writer:
         import torch
 
         from megatron_ttt import platform as platforms
-        from megatron_ttt.checkpoint.store import open_whole_checkpoint
+        from megatron_ttt.checkpoint.run_folder import open_whole_checkpoint
         from megatron_ttt.hf.loading import load_checkpoint, load_directory
 
         self.arguments = arguments

@@ -42,7 +42,7 @@ def build_command(arguments: list[str]) -> None:
     from megatron_ttt.data.local_engine import available_cpus
     from megatron_ttt.data.preprocess import ENGINES, SPLITS, preprocess
     from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
-    from megatron_ttt.data.tasks import ON_ERROR
+    from megatron_ttt.data.shard_jobs import ON_ERROR
     from megatron_ttt.data.tokenizer import BACKENDS
 
     parser = argparse.ArgumentParser(
@@ -135,7 +135,7 @@ def peek_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 def merge_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     from megatron_ttt.data.preprocess import merge
-    from megatron_ttt.data.tasks import ON_ERROR
+    from megatron_ttt.data.shard_jobs import ON_ERROR
 
     parser.add_argument("--on-error", choices=ON_ERROR, default="fail", help="accept what skipped")
     args = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.store import (
+from megatron_ttt.checkpoint.run_folder import (
     ARCHITECTURE,
     Checkpoint,
     list_checkpoints,

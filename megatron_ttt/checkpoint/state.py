@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ttt.checkpoint.boxes import cut
 from megatron_ttt.checkpoint.reader import load_tree
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
 from megatron_ttt.platform.compat import mcore_version, reads_checkpoints_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.store import Checkpoint, open_whole_checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint, open_whole_checkpoint
 
 
 def damage_found_together(folder: Path) -> str | None:

@@ -5,9 +5,9 @@ host): the forked writers check it, write it and sum it up, while training goes 
 done, the checkpoint gets its manifest and its name: a moment of all ranks between two steps.
 
 A machine may fail one rank alone, at any moment: its disk, its memory, its processes. That rank
-keeps its error (`faults.HeldErrors`) until all ranks can hear of it, so that none is left waiting
-for it: then all give the checkpoint up together, the temporary folder goes, and what was published
-before is as it was.
+keeps its error (`save_errors.DeferredErrors`) until all ranks can hear of it, so that none is left
+waiting for it: then all give the checkpoint up together, the temporary folder goes, and what was
+published before is as it was.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch import nn
 
-from megatron_ttt.checkpoint.faults import (
+from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
+from megatron_ttt.checkpoint.run_folder import STATE_FILE, publish, temporary_path
+from megatron_ttt.checkpoint.save_errors import (
     OF_THE_MACHINE,
-    HeldErrors,
+    DeferredErrors,
     SaveError,
     SaveStrategy,
     one_line,
 )
-from megatron_ttt.checkpoint.manifest import describe, folder_files, write_durably
 from megatron_ttt.checkpoint.state import checkpoint_tree, written_by
-from megatron_ttt.checkpoint.store import STATE_FILE, publish, temporary_path
 from megatron_ttt.errors import TrainingError, UserError
 from megatron_ttt.platform.compat import ResultsFile, mcore_save_options, use_results_file
 
@@ -49,15 +49,16 @@ from megatron_ttt.platform.compat import ResultsFile, mcore_save_options, use_re
 class Checks(NamedTuple):
     """What a snapshot must pass before it is published.
 
-    look: of this rank's memory, without communication; what it returns is pickled. A forked writer
-    calls it, so that what is checked is what is written, and training does not wait for it. A fork
-    cannot use CUDA: there it is called before, where the device reads all its memory in a moment.
-    agree: of what `look` returned, collective: what goes into state.json besides. Raises
+    compute: of this rank's memory, without communication; what it returns is pickled. A forked
+    writer calls it, so that what is checked is what is written, and training does not wait for it.
+    A fork cannot use CUDA: there it is called before, where the device reads all its memory in a
+    moment.
+    compare: of what `compute` returned, collective: what goes into state.json besides. Raises
     TrainingError, on all ranks, where the snapshot must not be published.
     """
 
-    look: Callable[[], Any]
-    agree: Callable[[Any], dict[str, Any]]
+    compute: Callable[[], Any]
+    compare: Callable[[Any], dict[str, Any]]
 
 
 class CheckpointWriter:
@@ -103,24 +104,24 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        held = HeldErrors()
-        checks = checks or Checks(look=lambda: None, agree=lambda seen: {})
+        held = DeferredErrors()
+        checks = checks or Checks(compute=lambda: None, compare=lambda seen: {})
         state = {"has_optimizer": optimizer is not None, **written_by(), **state}
         self._device = next(chunks[0].parameters()).device
         with self._giving_up():
             self._new_folder(path, held)
             # What fails before a moment of all ranks within is held, and told at the one below.
-            with held.hold():
+            with held.capture():
                 tree = checkpoint_tree(chunks, optimizer)
                 if self._is_first:
                     save_preprocess(tree, validate_access_integrity=True)
                 results = ResultsFile()
-                write, finalize = self._plan(tree, held, results, checks.look)
+                write, finalize = self._plan(tree, held, results, checks.compute)
                 if self.asynchronous:
                     self._process = _fork(write, results)
                 else:
                     write()
-            held.together()
+            held.raise_on_all()
             self._is_first = False
 
             def finish() -> None:
@@ -157,7 +158,11 @@ class CheckpointWriter:
         self._process = None
 
     def _plan(
-        self, tree: dict[str, Any], held: HeldErrors, results: ResultsFile, look: Callable[[], Any]
+        self,
+        tree: dict[str, Any],
+        held: DeferredErrors,
+        results: ResultsFile,
+        compute: Callable[[], Any],
     ) -> tuple[Callable[[], None], Callable[[], None]]:
         """How this rank's files are written, which is not collective, and what megatron-core does
         when all ranks have, which is."""
@@ -174,13 +179,13 @@ class CheckpointWriter:
                 **mcore_save_options(),
             )
         if self._device.type == "cuda":
-            seen = look()
-            look = lambda: seen  # noqa: E731
+            seen = compute()
+            compute = lambda: seen  # noqa: E731
         arguments = list(request.async_fn_args)
         if request.async_fn is not None:
             arguments[1] = request.preload_fn()  # what is written, in the host's memory
         files = [self._temporary / name for name in strategy.files]
-        write = partial(_write_and_describe, request.async_fn, arguments, files, look, results)
+        write = partial(_write_and_describe, request.async_fn, arguments, files, compute, results)
         # megatron-core's own last file, metadata.json, is written with ours.
         return write, request.finalize_fns[0]
 
@@ -204,20 +209,20 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _new_folder(self, path: Path, held: HeldErrors) -> None:
+    def _new_folder(self, path: Path, held: DeferredErrors) -> None:
         """A temporary folder of a name that no writer of a killed run can still be writing to."""
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token)
         self._path, self._temporary = path, temporary_path(path, token[0])
         if dist.get_rank() == 0:
-            with held.hold():
+            with held.capture():
                 self._temporary.mkdir(parents=True)
-        held.together()
+        held.raise_on_all()
 
     def _publish(
         self,
         state: dict[str, Any],
-        held: HeldErrors,
+        held: DeferredErrors,
         results: ResultsFile,
         checks: Checks,
         finalize: Callable[[], None],
@@ -225,19 +230,19 @@ class CheckpointWriter:
         """Check off what all ranks have written, and give it its name."""
         folder = self._temporary
         own, seen = {}, None
-        with held.hold():
+        with held.capture():
             own, seen = _result(results)
-        described = {name: file for one in held.together(own) for name, file in one.items()}
+        described = {name: file for one in held.raise_on_all(own) for name, file in one.items()}
         finalize()
-        state = {**state, **checks.agree(seen)}
+        state = {**state, **checks.compare_checksums(seen)}
         if dist.get_rank() == 0 and held.first is None:
-            with held.hold():
+            with held.capture():
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
                 write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
                 for name in set(folder_files(folder)) - set(described):
                     described[name] = describe(folder / name, durably=True)
                 publish(folder, self._path, described)
-        held.together()
+        held.raise_on_all()
         self.failure = None
 
 
@@ -268,12 +273,12 @@ def _write_and_describe(
     write: Callable | None,
     arguments: list[Any],
     files: list[Path],
-    look: Callable[[], Any],
+    compute: Callable[[], Any],
     results: ResultsFile,
 ) -> None:
-    """Look at the memory, write this rank's files (write: None if it has none), and look at them
+    """Look at the memory, write this rank's files (write: None if it has none), and compute at them
     while they are near."""
-    seen = look()
+    seen = compute()
     if write is not None:
         write(*arguments)
     results.put(({path.name: describe(path, durably=True) for path in files}, seen))

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from megatron_ttt.config import Config
 from megatron_ttt.data.blend import parse_blend, times_read
 from megatron_ttt.data.dataset import FixedBatches, build_datasets
+from megatron_ttt.data.dataset_check import check_made_with
 from megatron_ttt.data.indexed import bin_path, idx_path
-from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.sampling import TokenLoader
 from megatron_ttt.data.tokenizer import (
     Tokenizer,
@@ -24,7 +24,7 @@ from megatron_ttt.data.tokenizer import (
     default_backend,
     load_tokenizer,
 )
-from megatron_ttt.errors import UserError, of_rank_0
+from megatron_ttt.errors import UserError, run_on_rank0
 from megatron_ttt.platform import CUDA
 
 
@@ -39,7 +39,7 @@ class Data:
     train: Dataset | None
     validation: Dataset | None
     validation_samples: int
-    masked_id: int | None
+    ignored_target_id: int | None
     notes: list[str]
 
     def train_batches(self, first_step: int, stop_step: int) -> Iterator[list[torch.Tensor]]:
@@ -87,7 +87,7 @@ def open_data(config: Config, *, train: bool = True) -> Data:
         tokenizer = load_tokenizer(data.tokenizer_model)
         check_vocabulary(tokenizer, config.model.vocab_size)
         prefixes = _prefixes(data.train if train else [], data.validation)
-        of_rank_0(
+        run_on_rank0(
             lambda: [check_made_with(p, tokenizer, config.model.vocab_size) for p in prefixes]
         )
     elif data.train or data.validation:
@@ -101,8 +101,8 @@ def open_data(config: Config, *, train: bool = True) -> Data:
         notes += note
     if train and data.fixed_batches:
         train_set = _fixed_batches(config)
-    masked_id = _masked_id(config, tokenizer)
-    return Data(config, train_set, validation_set, validation_samples, masked_id, notes)
+    ignored_target_id = _masked_id(config, tokenizer)
+    return Data(config, train_set, validation_set, validation_samples, ignored_target_id, notes)
 
 
 def build_index(config: Config, *, train: bool = True):

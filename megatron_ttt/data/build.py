@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ttt.data.build_folder import Workspace
+from megatron_ttt.data.dataset_check import check_control_ids
 from megatron_ttt.data.indexed import Index, bin_path, check_indexed
-from megatron_ttt.data.provenance import check_control_ids
 from megatron_ttt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ttt.data.workspace import Workspace
 from megatron_ttt.errors import UserError
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from megatron_ttt.data.atomic_file import rename_durably
+from megatron_ttt.data.build_folder import VERSION, copied_path, load_copied, publish_json
 from megatron_ttt.data.indexed import bin_path
-from megatron_ttt.data.partial_file import rename_durably
-from megatron_ttt.data.workspace import VERSION, copied_path, load_copied, publish_json
 
 _COPY_BYTES = 4 << 20
 

@@ -21,7 +21,7 @@ from megatron_ttt.data.blend import Blend, parse_blend
 from megatron_ttt.data.index_cache import cached_entry, has_entry, load_arrays, open_cache
 from megatron_ttt.data.indexed import Index, check_indexed
 from megatron_ttt.data.windows import Windows, draw_epochs, epochs_for, windows_in
-from megatron_ttt.errors import UserError, of_every_rank, of_rank_0
+from megatron_ttt.errors import UserError, run_on_every_rank, run_on_rank0
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def build_datasets(
         return [training, once]
 
     if dist.is_initialized():
-        built = of_rank_0(build)
-        of_every_rank(lambda: None if all(map(_is_here, built)) else build())
+        built = run_on_rank0(build)
+        run_on_every_rank(lambda: None if all(map(_is_here, built)) else build())
     else:
         built = build()
     train_set, validation_set = (entries and TokenWindows(entries) for entries in built)

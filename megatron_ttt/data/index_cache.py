@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ttt.data.atomic_file import own_suffix, remove_partials
 from megatron_ttt.data.merge import file_sha256
-from megatron_ttt.data.partial_file import own_suffix, remove_partials
 from megatron_ttt.errors import UserError
 
 _VERSION = 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ttt.data.partial_file import PartialFile
+from megatron_ttt.data.atomic_file import PartialFile
 from megatron_ttt.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
+from megatron_ttt.data.atomic_file import partial_suffix, remove_partials
+from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.encoder import EncodedBlock, Encoder, Options, encode_here
-from megatron_ttt.data.partial_file import partial_suffix, remove_partials
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES, Block
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.tasks import Listener, shard_items, write_tasks
-from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.data.shard_jobs import Listener, shard_items, write_tasks
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 _BLOCKS_PER_WORKER = 8

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ttt.data.partial_file import PartialFile
+from megatron_ttt.data.atomic_file import PartialFile
 
 # In the order they are read, until there is enough: those with most prose to the code come first.
 _PACKAGES = ("numpy", "networkx", "sympy", "pip", "setuptools", "megatron", "triton", "torch")

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_ttt.data.atomic_file import remove_partials
+from megatron_ttt.data.build_folder import VERSION, Plan, Workspace, publish_json, stream_name
 from megatron_ttt.data.concatenation import Concatenation, Part
 from megatron_ttt.data.indexed import Index, IndexWriter, bin_path, idx_path, token_dtype
-from megatron_ttt.data.partial_file import remove_partials
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.tasks import Counts
-from megatron_ttt.data.workspace import VERSION, Plan, Workspace, publish_json, stream_name
+from megatron_ttt.data.shard_jobs import Counts
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 _COPY_BYTES = 4 << 20

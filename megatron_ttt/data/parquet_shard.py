@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from megatron_ttt.data.source import CHUNK_BYTES, Shard, ShardError
+from megatron_ttt.data.shards import CHUNK_BYTES, Shard, ShardError
 from megatron_ttt.errors import UserError
 
 MAX_PAGE_BYTES = 128 << 20

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ttt.data.atomic_file import refuse_existing
+from megatron_ttt.data.build_folder import Plan, Workspace, refuse_other_options
 from megatron_ttt.data.encoder import Encoder, Options
 from megatron_ttt.data.local_engine import available_cpus, run_locally
 from megatron_ttt.data.merge import merge_tasks, planned_outputs
-from megatron_ttt.data.partial_file import refuse_existing
 from megatron_ttt.data.progress import Progress
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.shards import find_shards
 from megatron_ttt.data.signals import stop_on_signals
-from megatron_ttt.data.source import find_shards
 from megatron_ttt.data.tokenizer import default_backend
-from megatron_ttt.data.workspace import Plan, Workspace, refuse_other_options
 from megatron_ttt.errors import UserError
 
 ENGINES = ("local", "ray")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.tasks import Counts, Listener
+from megatron_ttt.data.shard_jobs import Counts, Listener
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 _SECONDS = 5.0

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.encoder import Encoder, Options, encode_here
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.tasks import Listener, shard_items, write_tasks
-from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.data.shard_jobs import Listener, shard_items, write_tasks
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 _encoders: dict[Options, Encoder] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_ttt.data.parquet_shard import row_streams, stream_rows
-from megatron_ttt.data.source import (
+from megatron_ttt.data.shards import (
     CHUNK_BYTES,
     HashingStream,
     Shard,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ttt.data.partial_file import PartialFile, refuse_existing, refuse_folder
+from megatron_ttt.data.atomic_file import PartialFile, refuse_existing, refuse_folder
 from megatron_ttt.data.reader import MalformedLines, read_documents
-from megatron_ttt.data.source import find_shards
+from megatron_ttt.data.shards import find_shards
 from megatron_ttt.errors import UserError
 
 # SentencePiece leaves out sentences above a size; pieces of this many characters stay below it.

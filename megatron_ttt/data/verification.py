@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ttt.data.build import Dataset, open_run, run_tokenizer
+from megatron_ttt.data.build_folder import stream_name
 from megatron_ttt.data.concatenation import differing_part
 from megatron_ttt.data.encoder import Encoder, Options
 from megatron_ttt.data.indexed import CHUNK_DOCUMENTS, bin_path, idx_path
 from megatron_ttt.data.local_engine import available_cpus
 from megatron_ttt.data.reader import Block, parse_block, read_blocks
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.workspace import stream_name
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 _SAMPLED_SHARDS = 8

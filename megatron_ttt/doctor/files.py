@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_ttt.config import Config
 from megatron_ttt.data.blend import parse_blend, times_read
+from megatron_ttt.data.dataset_check import check_made_with
 from megatron_ttt.data.indexed import check_indexed
-from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.doctor.findings import Finding
 from megatron_ttt.errors import UserError

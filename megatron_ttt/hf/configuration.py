@@ -57,7 +57,7 @@ _LLAMA_ONLY = {
 _LAYERS = {"linear": "ttt_linear", "mlp": "ttt_mlp"}
 
 
-def read_official(path: Path) -> dict[str, Any]:
+def read_hf_config(path: Path) -> dict[str, Any]:
     """A config.json. Raises UserError where there is none."""
     try:
         official = json.loads(path.read_text())
@@ -68,7 +68,7 @@ def read_official(path: Path) -> dict[str, Any]:
     return official
 
 
-def model_from_official(official: dict[str, Any]) -> ModelConfig:
+def model_from_hf_config(official: dict[str, Any]) -> ModelConfig:
     """The model section of an official config. Raises UserError for what has no counterpart."""
     kind = official.get("model_type", "ttt")
     if kind not in ("ttt", "llama"):
@@ -139,7 +139,7 @@ def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"layer": "attention"}
 
 
-def official_from_model(model: ModelConfig) -> dict[str, Any]:
+def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
     """The official config of a model section: architecture, nothing about tokens or dtype."""
     config = {
         "vocab_size": model.vocab_size,

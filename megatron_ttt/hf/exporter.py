@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ttt.checkpoint.store import Checkpoint, open_whole_checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
-from megatron_ttt.hf.configuration import config_with_defaults, official_from_model
+from megatron_ttt.hf.configuration import config_with_defaults, hf_config_from_model
+from megatron_ttt.hf.export_manifest import write_source
 from megatron_ttt.hf.mapping import split
 from megatron_ttt.hf.model_card import model_card
 from megatron_ttt.hf.safetensors_stream import write_safetensors
-from megatron_ttt.hf.source import write_source
-from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors
+from megatron_ttt.hf.tensors import CheckpointTensors, HFTensors
+from megatron_ttt.hf.tokenizer_check import check_trained_with
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
-from megatron_ttt.hf.trained_with import check_trained_with
 from megatron_ttt.hf.verification import verify, verify_configuration
 from megatron_ttt.stack import model_parameters
 
@@ -68,7 +68,7 @@ def export_checkpoint(
             write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
         write_source(temporary, checkpoint)
         verify_configuration(config.model, temporary)
-        verify(config.model, tensors.read, OfficialTensors(temporary).read, _cast(dtype))
+        verify(config.model, tensors.read, HFTensors(temporary).read, _cast(dtype))
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -150,7 +150,7 @@ def _write_configuration(
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048
     tree = {
-        **official_from_model(config.model),
+        **hf_config_from_model(config.model),
         "max_position_embeddings": official.get("max_position_embeddings", trained),
         **in_config,
         "torch_dtype": str(stored).removeprefix("torch."),

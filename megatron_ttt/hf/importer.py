@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ttt.checkpoint.store import open_checkpoint
+from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.config import Config, TrainingConfig, to_dict
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import model_from_official, read_official
+from megatron_ttt.hf.configuration import model_from_hf_config, read_hf_config
 from megatron_ttt.hf.mapping import hf_shapes, join
-from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
+from megatron_ttt.hf.tensors import CheckpointTensors, HFTensors, check_hf_tensors
 from megatron_ttt.hf.verification import build_on_cpu, verify
 from megatron_ttt.model import global_parameters
 from megatron_ttt.stack import model_parameters
@@ -29,26 +29,24 @@ def import_directory(source: Path, output: Path) -> None:
     Writes the checkpoint folder `output`; runs on the CPU. Every tensor keeps its dtype. Raises
     UserError, and writes nothing, where the weights do not fit or the models differ.
     """
-    official = read_official(source / "config.json")
-    import_tensors(OfficialTensors(source), official, output)
+    official = read_hf_config(source / "config.json")
+    import_tensors(HFTensors(source), official, output)
 
 
 def import_jax(source: Path, config: Path, output: Path) -> None:
     """Read the official JAX trainer's streaming checkpoint; `config` is an official config.json."""
     from megatron_ttt.hf.jax_streaming import JaxTensors
 
-    official = read_official(config)
+    official = read_hf_config(config)
     import_tensors(JaxTensors(source), official, output)
 
 
-def import_tensors(
-    source: OfficialTensors | JaxTensors, official: dict[str, Any], output: Path
-) -> None:
+def import_tensors(source: HFTensors | JaxTensors, official: dict[str, Any], output: Path) -> None:
     """Write official tensors as a checkpoint of weights alone, verified before it has its name."""
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
-    model = model_from_official(official)
-    check_official(source, hf_shapes(model))
+    model = model_from_hf_config(official)
+    check_hf_tensors(source, hf_shapes(model))
 
     from megatron_ttt.checkpoint.writer import save_checkpoint
 

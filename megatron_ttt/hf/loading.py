@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import ModelConfig
-from megatron_ttt.hf.configuration import model_from_official, read_official
+from megatron_ttt.hf.configuration import model_from_hf_config, read_hf_config
 from megatron_ttt.hf.mapping import hf_shapes, split
-from megatron_ttt.hf.tensors import CheckpointTensors, OfficialTensors, check_official
-from megatron_ttt.hf.verification import build_official
+from megatron_ttt.hf.tensors import CheckpointTensors, HFTensors, check_hf_tensors
+from megatron_ttt.hf.verification import build_hf_model
 from megatron_ttt.stack import model_parameters
 
 
@@ -22,10 +22,10 @@ def load_directory(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     Its code is ours, not what the directory may hold. dtype: None keeps each tensor's. Raises
     UserError for weights that do not fit config.json.
     """
-    model = model_from_official(read_official(folder / "config.json"))
-    tensors = OfficialTensors(folder)
+    model = model_from_hf_config(read_hf_config(folder / "config.json"))
+    tensors = HFTensors(folder)
     shapes = hf_shapes(model)
-    check_official(tensors, shapes)
+    check_hf_tensors(tensors, shapes)
     return _filled(model, {name: _cast(tensors.read(name), dtype) for name in shapes})
 
 
@@ -48,7 +48,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _filled(model: ModelConfig, weights: dict[str, torch.Tensor]) -> nn.Module:
     with torch.device("meta"):
-        network = build_official(model).eval()
+        network = build_hf_model(model).eval()
     network.load_state_dict(weights, strict=False, assign=True)
     network.lm_head.weight = network.model.embed_tokens.weight
     if not model.is_ttt:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
 
 _LAYERS = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP", "attention": "Transformer"}

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ttt.checkpoint.reader import CheckpointReader, check_plain, load_plain
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.base import Parameter
 from megatron_ttt.stack import EMBEDDING
@@ -140,7 +140,7 @@ class _Into(LoadPlanner):
 _DAMAGE = (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError)
 
 
-class OfficialTensors:
+class HFTensors:
     """The tensors of an official directory: *.safetensors, else pytorch_model*.bin."""
 
     def __init__(self, folder: Path):
@@ -194,7 +194,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def check_official(source, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_hf_tensors(source, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse official weights unless every tensor of `shapes` is there, of its shape, and no other.
 
     A head that equals the embedding is tolerated. Raises UserError.

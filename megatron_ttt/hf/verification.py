@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_ttt import platform as platforms
 from megatron_ttt.config import Config, ModelConfig, TrainingConfig
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import official_from_model
+from megatron_ttt.hf.configuration import hf_config_from_model
 from megatron_ttt.hf.mapping import join
 from megatron_ttt.layers.norm import PostNorm
 from megatron_ttt.stack import EMBEDDING, model_parameters
@@ -52,24 +52,24 @@ _ATTENTION = [
 def verify(
     model: ModelConfig,
     read_ours: Read,
-    read_official: Read,
+    read_hf_config: Read,
     cast: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Raise UserError, naming the first module that differs, unless both sides are one model.
 
-    read_ours: global tensors of the checkpoint by our names. read_official: official tensors by
+    read_ours: global tensors of the checkpoint by our names. read_hf_config: official tensors by
     theirs. cast: what a checkpoint's tensor became on the way out, where a dtype was asked for.
     """
     cast = cast or (lambda tensor: tensor)
     dtypes = set()
     for row in model_parameters(model).values():
-        ours, theirs = cast(read_ours(row.name)), join(row, read_official)
+        ours, theirs = cast(read_ours(row.name)), join(row, read_hf_config)
         if not _same_bits(ours, theirs):
             for part in row.hf_names:
                 _differs(part.rsplit(".", 1)[0], f"the weights of {part}")
         dtypes.add(ours.dtype)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    _verify_outputs(model, lambda name: cast(read_ours(name)), read_official, dtype)
+    _verify_outputs(model, lambda name: cast(read_ours(name)), read_hf_config, dtype)
 
 
 def verify_configuration(model: ModelConfig, folder: Path) -> None:
@@ -102,9 +102,9 @@ def _differs(module: str, what: str) -> None:
 
 
 @torch.no_grad()
-def _verify_outputs(model: ModelConfig, read_ours: Read, read_official: Read, dtype) -> None:
+def _verify_outputs(model: ModelConfig, read_ours: Read, read_hf_config: Read, dtype) -> None:
     ids = torch.randint(0, model.vocab_size, PROMPT, generator=torch.Generator().manual_seed(0))
-    theirs = StreamedOfficial(model, read_official, dtype)
+    theirs = StreamedHF(model, read_hf_config, dtype)
     tokens = theirs.generate(ids, NEW_TOKENS)
     their_logits, their_outputs = theirs.run(tokens)
     del theirs
@@ -128,13 +128,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-class StreamedOfficial:
+class StreamedHF:
     """transformers' model of an official checkpoint, its layers read when they are run."""
 
     def __init__(self, model: ModelConfig, read: Read, dtype: torch.dtype):
         self.model, self.read, self.dtype = model, read, dtype
         with torch.device("meta"):
-            self.network = build_official(model).eval().to(dtype)
+            self.network = build_hf_model(model).eval().to(dtype)
         self.layers: nn.ModuleList = self.network.model.layers
         self._load(self.network.model.embed_tokens, "model.embed_tokens.")
         self._load(self.network.model.norm, "model.norm.")
@@ -214,7 +214,7 @@ class StreamedMegatron:
         return hook
 
     def run(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `StreamedOfficial.run`; the names are transformers'."""
+        """As `StreamedHF.run`; the names are transformers'."""
         self.number, self.outputs = 0, {}
         return self.chunk(ids, None, None), self.outputs
 
@@ -224,9 +224,9 @@ def _sublayers(model: ModelConfig) -> list[tuple[str, str]]:
     return names if model.is_mamba or not model.is_ttt else names[1:]
 
 
-def build_official(model: ModelConfig, **more: Any) -> nn.Module:
+def build_hf_model(model: ModelConfig, **more: Any) -> nn.Module:
     """transformers' model for a model section, with initial weights; `more` goes to its config."""
-    config = {k: v for k, v in official_from_model(model).items() if k != "model_type"}
+    config = {k: v for k, v in hf_config_from_model(model).items() if k != "model_type"}
     if model.is_ttt:
         from megatron_ttt.hf.configuration_ttt import TTTConfig
         from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
@@ -243,10 +243,10 @@ def build_on_cpu(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     platforms.start_process_group(platform)
     from megatron.core import parallel_state
 
-    from megatron_ttt.model import build_chunk, core_config
+    from megatron_ttt.model import build_chunk, make_transformer_config
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         platforms.seed_everything(0)
     config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
-    return build_chunk(config, core_config(config, platform, dtype), None)
+    return build_chunk(config, make_transformer_config(config, platform, dtype), None)

@@ -61,7 +61,7 @@ def observe_inner_loop(
     return InnerStatistics(*(field.cpu() for field in sums))
 
 
-def inner_figures(statistics: InnerStatistics) -> dict[str, float]:
+def inner_metrics(statistics: InnerStatistics) -> dict[str, float]:
     """Names for the log, such as `inner/layer_03/loss_after` (layers count from 1), and numbers:
     a layer's means over its mini-batches."""
     return {

@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """Print a line of the training log; where that is a file on a full disk, do without."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stdout, flush=True)
@@ -87,7 +87,9 @@ class JsonLines:
     def close(self, failed: bool) -> None:
         self._write_out()
         if self.unwritten:
-            say(f"Warning: the last {self.unwritten.count(10)} lines of {METRICS_FILE} are lost")
+            log_line(
+                f"Warning: the last {self.unwritten.count(10)} lines of {METRICS_FILE} are lost"
+            )
         with self._warning():
             self.file.close()
 
@@ -97,7 +99,7 @@ class JsonLines:
         try:
             yield
         except OSError as error:
-            say(f"Warning: lines of {METRICS_FILE} may be lost: {error.strerror}")
+            log_line(f"Warning: lines of {METRICS_FILE} may be lost: {error.strerror}")
 
     def _write_out(self) -> None:
         """Write what there is; on a full disk the rest stays for the next time."""
@@ -107,7 +109,7 @@ class JsonLines:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not self.disk_is_full:
-                say(f"Warning: {METRICS_FILE} cannot be written: {error.strerror}; it is kept")
+                log_line(f"Warning: {METRICS_FILE} cannot be written: {error.strerror}; it is kept")
         self.disk_is_full = bool(self.unwritten)
 
     def _make_anew_if_removed(self) -> None:
@@ -118,7 +120,7 @@ class JsonLines:
         file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self.file.close()
         self.file = file
-        say(f"Warning: {self.path} was removed under the run; it is made anew, from here on")
+        log_line(f"Warning: {self.path} was removed under the run; it is made anew, from here on")
 
 
 def _bytes_until(path: Path, step: int) -> int:
@@ -187,7 +189,7 @@ class TensorBoard:
             return
         with self._while_there_is_room():
             if not self.folder.is_dir():
-                say(f"Warning: {self.folder}/ was removed under the run; it is made anew")
+                log_line(f"Warning: {self.folder}/ was removed under the run; it is made anew")
                 self.writer = self.new_writer(str(self.folder))
             for name, figure in record.items():
                 if name != "step":
@@ -212,4 +214,6 @@ class TensorBoard:
             if self.has_failed:
                 return
             self.has_failed = True
-            say(f"Warning: {TENSORBOARD_FOLDER}/ cannot be written: {error.strerror}; it ends here")
+            log_line(
+                f"Warning: {TENSORBOARD_FOLDER}/ cannot be written: {error.strerror}; it ends here"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ttt.config import Config
 from megatron_ttt.planning.cost import GIB
 from megatron_ttt.training.live import LiveView
-from megatron_ttt.training.loggers import open_loggers, say
+from megatron_ttt.training.loggers import log_line, open_loggers
 
 
 class MetricsLog:
@@ -54,13 +54,15 @@ class MetricsLog:
             self.live.step(record, duration(seconds_left))
         if step % self.log_every == 0 or step in (1, self.last_step):
             if self.live is None:
-                say(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
+                log_line(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
             self.restart_rate()
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss."""
         self._write({"step": step, "val_loss": loss})
-        say(f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}")
+        log_line(
+            f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}"
+        )
         self.restart_rate()
 
     def restart_rate(self) -> None:

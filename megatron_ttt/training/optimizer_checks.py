@@ -66,7 +66,7 @@ def shards(chunks: list[nn.Module], optimizer) -> Iterator[tuple[str, nn.Paramet
             )
 
 
-class Seen(NamedTuple):
+class RankChecksums(NamedTuple):
     """What one rank sees in its own memory, in plain numbers: one process can tell another."""
 
     names: list[str]
@@ -78,7 +78,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def sum_up(chunks: list[nn.Module], optimizer) -> Seen:
+def compute_checksums(chunks: list[nn.Module], optimizer) -> RankChecksums:
     """Sum up what is here; not collective. The weights must be current (`gather_parameters`)."""
     names, cut, sums = [], [], []
     for name, parameter, shard in shards(chunks, optimizer):
@@ -93,10 +93,10 @@ def sum_up(chunks: list[nn.Module], optimizer) -> Seen:
                 rounded = shard.state["param"].to(shard.weight.dtype)
                 differs = (rounded.view(torch.int16) != shard.weight.view(torch.int16)).any()
         sums.append(torch.stack([checksum(parameter), *parts, differs.to(torch.int64)]))
-    return Seen(names, cut, torch.stack(sums).tolist())
+    return RankChecksums(names, cut, torch.stack(sums).tolist())
 
 
-def agree(seen: Seen, step: int, device: torch.device) -> dict[str, str]:
+def compare_checksums(seen: RankChecksums, step: int, device: torch.device) -> dict[str, str]:
     """The optimizer's checksums, for state.json, of what all ranks have seen at a step.
 
     Collective; every rank gets the same. Raises TrainingError on all of them where copies, or a
@@ -120,7 +120,7 @@ def agree(seen: Seen, step: int, device: torch.device) -> dict[str, str]:
     return to_json(sums)
 
 
-def differing_weights(seen: Seen, device: torch.device) -> list[str]:
+def differing_weights(seen: RankChecksums, device: torch.device) -> list[str]:
     """Parameters whose copies on other ranks hold other bits, by name. Collective.
 
     Every parameter has a copy on each data-parallel rank; those that are not cut also one on each
@@ -142,7 +142,7 @@ def differing_weights(seen: Seen, device: torch.device) -> list[str]:
     return said_by_any(found)
 
 
-def optimizer_checksums(seen: Seen, device: torch.device) -> tuple[Sums, list[str]]:
+def optimizer_checksums(seen: RankChecksums, device: torch.device) -> tuple[Sums, list[str]]:
     """The checksums of the whole state, and the names where copies of it differ between ranks.
 
     Collective; every rank gets the same.

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ttt.checkpoint.state import check_versions
-from megatron_ttt.checkpoint.store import (
+from megatron_ttt.checkpoint.run_folder import (
     Checkpoint,
     check_architecture,
     find_newest,
     list_checkpoints,
+    quarantine,
     remove_leftovers,
-    set_aside,
     write_pointer,
 )
+from megatron_ttt.checkpoint.state import check_versions
 from megatron_ttt.checkpoint.verification import damage_found_together, open_whole_together
 from megatron_ttt.config import Config, to_dict
-from megatron_ttt.data.identity import check_unchanged
-from megatron_ttt.errors import UserError, of_rank_0
+from megatron_ttt.data.fingerprint import check_unchanged
+from megatron_ttt.errors import UserError, run_on_rank0
 from megatron_ttt.hf.background import remove_unfinished
-from megatron_ttt.training.loggers import say
+from megatron_ttt.training.loggers import log_line
 from megatron_ttt.training.resume_checks import check_resume
 
 
@@ -33,7 +33,7 @@ def find_checkpoint(config: Config, data: dict[str, Any]) -> Checkpoint | None:
     from. Collective.
     """
     run_dir, load = Path(config.run.dir), config.checkpoint.load
-    listed = of_rank_0(lambda: _tidy(run_dir))
+    listed = run_on_rank0(lambda: _tidy(run_dir))
     checkpoint = find_newest(listed, _say_once, damage_found_together)
     if load == "none" and checkpoint is not None:
         raise UserError(
@@ -44,7 +44,7 @@ def find_checkpoint(config: Config, data: dict[str, Any]) -> Checkpoint | None:
         named = open_whole_together(load)
         if checkpoint is None or _goes_back(checkpoint, named, config):
             checkpoint = named
-    of_rank_0(lambda: _check(checkpoint, config, data))
+    run_on_rank0(lambda: _check(checkpoint, config, data))
     return checkpoint
 
 
@@ -58,8 +58,8 @@ def _check(checkpoint: Checkpoint | None, config: Config, data: dict[str, Any]) 
     if checkpoint is None:
         return
     check_versions(checkpoint)
-    check_architecture(checkpoint, to_dict(config)["model"], say)
-    check_resume(checkpoint, config, say)
+    check_architecture(checkpoint, to_dict(config)["model"], log_line)
+    check_resume(checkpoint, config, log_line)
     if is_own(checkpoint, Path(config.run.dir)):
         check_unchanged(checkpoint.state.get("data", {}), data)
 
@@ -77,14 +77,14 @@ def _goes_back(newest: Checkpoint, named: Checkpoint, config: Config) -> bool:
     return is_own(named, Path(config.run.dir)) and not since
 
 
-def set_aside_what_was_after(checkpoint: Checkpoint) -> None:
+def quarantine_later_checkpoints(checkpoint: Checkpoint) -> None:
     """Rename the checkpoints after the one that a run goes on from. Raises UserError."""
     run_dir = checkpoint.path.parent
     try:
-        if aside := set_aside(run_dir, checkpoint.step):
+        if aside := quarantine(run_dir, checkpoint.step):
             write_pointer(checkpoint.path)
             names = ", ".join(path.name for path in aside)
-            say(f"Set aside what was after that step, damaged or not wanted: {names}")
+            log_line(f"Set aside what was after that step, damaged or not wanted: {names}")
     except OSError as error:
         raise UserError(
             f"cannot rename checkpoints in run.dir={run_dir}: {error.strerror}"
@@ -93,4 +93,4 @@ def set_aside_what_was_after(checkpoint: Checkpoint) -> None:
 
 def _say_once(text: str) -> None:
     if dist.get_rank() == 0:
-        say(text)
+        log_line(text)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config, OptimizerConfig, to_dict
 from megatron_ttt.errors import UserError
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
@@ -43,14 +43,14 @@ _WHY = {
 """The keys that may change, and what that does."""
 
 
-def check_resume(checkpoint: Checkpoint, config: Config, say: Callable[[str], None]) -> None:
+def check_resume(checkpoint: Checkpoint, config: Config, log_line: Callable[[str], None]) -> None:
     """Refuse a configuration that cannot go on from a checkpoint; `say` what else it changes."""
     _refuse_other_parameter_groups(checkpoint, config)
     if checkpoint.step == 0:
         return
     _refuse_other_steps(checkpoint, config)
     for warning in _changes(checkpoint, config):
-        say(f"Warning: {checkpoint.path} was trained with {warning}")
+        log_line(f"Warning: {checkpoint.path} was trained with {warning}")
 
 
 def _refuse_other_parameter_groups(checkpoint: Checkpoint, config: Config) -> None:

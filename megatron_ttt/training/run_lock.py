@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ttt.errors import EXIT_STOPPED, TrainingError, UserError, of_rank_0
-from megatron_ttt.training.loggers import say
+from megatron_ttt.errors import EXIT_STOPPED, TrainingError, UserError, run_on_rank0
+from megatron_ttt.training.loggers import log_line
 from megatron_ttt.training.stopping import StopRequests
 
 LOCK_FILE = "lock"
@@ -40,7 +40,7 @@ class StoppedWaiting(UserError):
 
 
 @contextlib.contextmanager
-def alone_in(run_dir: Path, patience_seconds: float, stop: StopRequests) -> Iterator[None]:
+def exclusive_run_dir(run_dir: Path, patience_seconds: float, stop: StopRequests) -> Iterator[None]:
     """Hold the run folder, which is made if need be. Collective: rank 0 does, the others wait.
 
     A run that holds it may be one whose launcher was killed and that is still saving, so it gets
@@ -57,7 +57,7 @@ def alone_in(run_dir: Path, patience_seconds: float, stop: StopRequests) -> Iter
             lock.beat()
             stop.lock = lock
 
-        of_rank_0(hold)
+        run_on_rank0(hold)
         yield
 
 
@@ -74,14 +74,14 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self, patience_seconds: float, stop: StopRequests) -> None:
-        """Lock the file, or take it over; see `alone_in`."""
+        """Lock the file, or take it over; see `exclusive_run_dir`."""
         start = last_beat = time.monotonic()
         touched = None
         while not (self._try_lock() and self._is_there()):
             now, (host, process) = time.monotonic(), _holder(self._file)
             before, touched = touched, os.fstat(self._file).st_mtime_ns
             if before is None:
-                say(f"Waiting for {process} on {host}, which is training in {self.run_dir}")
+                log_line(f"Waiting for {process} on {host}, which is training in {self.run_dir}")
             elif touched != before:
                 last_beat = now
             if stop.heard_here():
@@ -90,7 +90,7 @@ class RunLock:
                 )
             elsewhere = host not in (socket.gethostname(), _UNKNOWN[0])
             if elsewhere and now - last_beat >= max(patience_seconds, MISSED_BEATS * BEAT_SECONDS):
-                say(
+                log_line(
                     f"Warning: {self.run_dir} is locked from {host} still; going on as if that "
                     "were lost"
                 )
@@ -150,7 +150,7 @@ class RunLock:
         except OSError as error:
             if error.errno in _HELD:
                 return False
-            say(
+            log_line(
                 f"Warning: run.dir={self.run_dir} cannot be locked ({error.strerror}): a second "
                 "run in it would not be noticed"
             )
@@ -176,7 +176,7 @@ class RunLock:
         """Touch the file, or notice that it is another's. One that was removed is made anew."""
         with self._guard:
             if not self.lost and not self.path.exists():
-                say(f"Warning: {self.path} was removed under the run; it is made anew")
+                log_line(f"Warning: {self.path} was removed under the run; it is made anew")
                 os.close(self._file)
                 self._file = self._open()
                 if self._try_lock():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_ttt.checkpoint.store import (
+from megatron_ttt.checkpoint.run_folder import (
     checkpoint_name,
     link_milestone,
     list_checkpoints,
@@ -27,8 +27,8 @@ from megatron_ttt.checkpoint.writer import CheckpointWriter, Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
-from megatron_ttt.hf.source import is_export_of
-from megatron_ttt.training.loggers import say
+from megatron_ttt.hf.export_manifest import is_export_of
+from megatron_ttt.training.loggers import log_line
 from megatron_ttt.training.stopping import StopRequests
 
 FINAL_MODEL = "final_model"
@@ -89,24 +89,24 @@ class Saver:
         path = self.run_dir / checkpoint_name(state["step"])
         published = partial(self._published, path, state["step"], milestone)
 
-        def agree(seen: Any) -> dict[str, Any]:
+        def compare(seen: Any) -> dict[str, Any]:
             self._check_alone()
-            return checks.agree(seen)
+            return checks.compare(seen)
 
         self.writer.save(
             path,
             chunks,
             optimizer,
             state,
-            checks=checks._replace(agree=agree),
+            checks=checks._replace(compare=compare),
             published=published,
         )
         stall, trained = time.perf_counter() - since, since - self.saved_at
         self.saved_at = time.perf_counter()
         if self.is_first_rank and self.config.checkpoint.asynchronous:
-            say(f"Saving {path} in the background; training stood still for {stall:.2f}s")
+            log_line(f"Saving {path} in the background; training stood still for {stall:.2f}s")
         if self.is_first_rank and stall > max(SLOW_SAVE_SECONDS, trained):
-            say(
+            log_line(
                 f"Warning: training stood still for {stall:.1f}s for a checkpoint, after "
                 f"{trained:.1f}s of training: the disk is slow, or checkpoint.save_every small"
             )
@@ -117,7 +117,7 @@ class Saver:
 
     def _published(self, path: Path, step: int, milestone: bool, seconds: float) -> None:
         """What rank 0 does when a checkpoint has its name."""
-        say(f"Saved {path} in {seconds:.1f}s")
+        log_line(f"Saved {path} in {seconds:.1f}s")
         with self._warning(path):
             write_pointer(path)
         if milestone:
@@ -134,7 +134,7 @@ class Saver:
         try:
             yield
         except OSError as error:
-            say(f"Warning: {path} is good, but what follows a save failed: {error}")
+            log_line(f"Warning: {path} is good, but what follows a save failed: {error}")
 
     def _remove_behind(self, path: Path) -> None:
         """Remove a folder while training goes on: gigabytes take a while. The process does not end
@@ -144,7 +144,7 @@ class Saver:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                say(f"Warning: {path} could not be removed: {error}")
+                log_line(f"Warning: {path} could not be removed: {error}")
 
         thread = threading.Thread(target=remove)
         try:
@@ -166,7 +166,7 @@ class Saver:
                 "give the same command again"
             )
         if self.is_first_rank:
-            say(
+            log_line(
                 f"Warning: {path} was not saved ({why}): training goes on until the next save; the "
                 "checkpoints before are as they were"
             )
@@ -193,7 +193,7 @@ class Saver:
 
     def _advance_exports(self) -> None:
         for line in self.exports.advance():
-            say(line)
+            log_line(line)
 
     def abandon_exports(self) -> None:
         """Whoever stops a run gives it little time; the next one exports what is missing."""

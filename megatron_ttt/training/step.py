@@ -14,34 +14,36 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 
-def sequence_mean_loss(token_losses: Tensor, labels: Tensor, masked_id: int | None) -> Tensor:
+def sequence_mean_loss(
+    token_losses: Tensor, labels: Tensor, ignored_target_id: int | None
+) -> Tensor:
     """The recipe's loss: mean over each sequence's targets, then over sequences.
 
-    token_losses, labels [B, S] -> scalar. Targets equal to masked_id (BOS) do not count; a sequence
-    of nothing else counts as zero.
+    token_losses, labels [B, S] -> scalar. Targets equal to ignored_target_id (BOS) do not count; a
+    sequence of nothing else counts as zero.
     """
-    if masked_id is None:
+    if ignored_target_id is None:
         return token_losses.mean()
-    kept = (labels != masked_id).to(token_losses.dtype)
+    kept = (labels != ignored_target_id).to(token_losses.dtype)
     return ((token_losses * kept).sum(1) / kept.sum(1).clamp_min(1.0)).mean()
 
 
-def _loss(labels: Tensor, masked_id: int | None, token_losses: Tensor):
-    loss = sequence_mean_loss(token_losses, labels, masked_id)
+def _loss(labels: Tensor, ignored_target_id: int | None, token_losses: Tensor):
+    loss = sequence_mean_loss(token_losses, labels, ignored_target_id)
     # Cloned: the schedule divides the loss by the number of microbatches in place.
     return loss, {"loss": loss.detach().clone()}
 
 
-def _forward_step(masked_id: int | None, device: torch.device, batches, chunk: nn.Module):
+def _forward_step(ignored_target_id: int | None, device: torch.device, batches, chunk: nn.Module):
     tokens = next(batches).to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-    return chunk(inputs, None, None, labels=labels), partial(_loss, labels, masked_id)
+    return chunk(inputs, None, None, labels=labels), partial(_loss, labels, ignored_target_id)
 
 
 def run_batches(
     chunks: list[nn.Module],
     microbatches: list[Tensor],
-    masked_id: int | None,
+    ignored_target_id: int | None,
     device: torch.device,
     *,
     forward_only: bool = False,
@@ -53,7 +55,7 @@ def run_batches(
     """
     size, length = microbatches[0].shape
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, masked_id, device),
+        forward_step_func=partial(_forward_step, ignored_target_id, device),
         data_iterator=[iter(microbatches) for _ in chunks],
         model=chunks,
         num_microbatches=len(microbatches),

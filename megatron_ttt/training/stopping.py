@@ -13,7 +13,7 @@ import time
 
 import psutil
 
-from megatron_ttt.errors import of_rank_0
+from megatron_ttt.errors import run_on_rank0
 from megatron_ttt.platform.processes import is_running
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -101,4 +101,4 @@ class StopRequests:
     def check_alone(self) -> None:
         """Raise TrainingError, on all ranks, where another run has taken the run folder over.
         Collective; call it before anything in the folder is changed."""
-        of_rank_0(lambda: self.lock and self.lock.check())
+        run_on_rank0(lambda: self.lock and self.lock.check())

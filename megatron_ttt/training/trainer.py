@@ -21,13 +21,19 @@ from megatron_ttt.checkpoint.manifest import replace_durably
 from megatron_ttt.checkpoint.state import layout, load_checkpoint, load_weights
 from megatron_ttt.config import Config, check_layout, to_dict, to_yaml
 from megatron_ttt.data.batches import data_files, open_data
-from megatron_ttt.data.identity import fingerprints
-from megatron_ttt.errors import TrainingError, UserError, of_rank_0
-from megatron_ttt.model import build_chunks, core_config, initialise_weights, set_inner_lr_scale
+from megatron_ttt.data.fingerprint import fingerprints
+from megatron_ttt.errors import TrainingError, UserError, run_on_rank0
+from megatron_ttt.model import (
+    build_chunks,
+    initialise_weights,
+    make_transformer_config,
+    set_inner_lr_scale,
+)
 from megatron_ttt.planning import peak_flops, training_flops_per_token
-from megatron_ttt.training.loggers import check_loggers, say
-from megatron_ttt.training.lost import Whereabouts
+from megatron_ttt.training.loggers import check_loggers, log_line
+from megatron_ttt.training.lost_ranks import Progress
 from megatron_ttt.training.metrics import MetricsLog
+from megatron_ttt.training.monitor import RunMonitor
 from megatron_ttt.training.optimizer import (
     build_optimizer,
     gather_parameters,
@@ -36,12 +42,11 @@ from megatron_ttt.training.optimizer import (
     step_optimizer,
     wrap_chunks,
 )
-from megatron_ttt.training.resume import find_checkpoint, is_own, set_aside_what_was_after
+from megatron_ttt.training.resume import find_checkpoint, is_own, quarantine_later_checkpoints
 from megatron_ttt.training.saving import Saver
 from megatron_ttt.training.schedules import inner_lr_scale, learning_rate
 from megatron_ttt.training.step import run_batches
 from megatron_ttt.training.stopping import StopRequests
-from megatron_ttt.training.watch import RunWatch
 
 
 def start(config: Config) -> platforms.Platform:
@@ -71,22 +76,22 @@ class Trainer:
         config: Config,
         platform: platforms.Platform,
         stop: StopRequests | None = None,
-        at: Whereabouts | None = None,
+        progress: Progress | None = None,
     ):
-        """stop: what can end the run early; None: nothing does. at: kept up to date."""
+        """stop: what can end the run early; None: nothing does. progress: kept up to date."""
         self.config, self.platform, self.stop = config, platform, stop
-        self.at = at or Whereabouts()
+        self.progress = progress or Progress()
         self.run_dir = Path(config.run.dir)
         self.is_first_rank = dist.get_rank() == 0
         # Everything a user can have got wrong is looked at before the slow building.
         check_loggers(config)
-        self.data_fingerprints = of_rank_0(lambda: fingerprints(data_files(config)))
+        self.data_fingerprints = run_on_rank0(lambda: fingerprints(data_files(config)))
         self.resume_from = find_checkpoint(config, self.data_fingerprints)
         self.data = open_data(config)
         for note in self.data.notes if self.is_first_rank else ():
-            say(note)
+            log_line(note)
 
-        self.chunks = build_chunks(config, core_config(config, platform))
+        self.chunks = build_chunks(config, make_transformer_config(config, platform))
         for chunk in self.chunks:
             initialise_weights(chunk, config.model, config.run.seed)
         self.ddp_chunks = wrap_chunks(config, self.chunks)
@@ -95,7 +100,7 @@ class Trainer:
         self.saver = Saver(config, platform.device, stop)
         self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
-        self.watch = RunWatch(
+        self.monitor = RunMonitor(
             config, self.chunks, self.ddp_chunks, self.optimizer, self._run_forward
         )
         if self.resume_from is not None:
@@ -106,16 +111,16 @@ class Trainer:
         if checkpoint.state["has_optimizer"]:
             load_checkpoint(checkpoint, self.config, self.chunks, self.optimizer)
             set_options(self.optimizer, self.config)
-            self.watch.check_loaded(checkpoint)
+            self.monitor.check_loaded(checkpoint)
             self.step = checkpoint.step
             self.skipped_steps = checkpoint.state.get("skipped_steps", 0)
         else:
             load_weights(checkpoint, self.chunks)
             self.optimizer.reload_model_params()
         if self.is_first_rank:
-            say(f"Resumed from {checkpoint.path} at step {self.step}")
+            log_line(f"Resumed from {checkpoint.path} at step {self.step}")
         if is_own(checkpoint, self.run_dir):
-            of_rank_0(lambda: set_aside_what_was_after(checkpoint))
+            run_on_rank0(lambda: quarantine_later_checkpoints(checkpoint))
 
     def train(self) -> str | None:
         """Run the remaining steps; save and validate at the end.
@@ -132,20 +137,20 @@ class Trainer:
                 "make room, and give the same command again"
             )
         if reason is None:
-            self.at.doing = "exporting"
+            self.progress.doing = "exporting"
             reason = self.saver.wait_for_exports(self._signalled)
         else:
             self.saver.abandon_exports()
         if reason is not None and self.is_first_rank:
             last = self.config.training.exit_step or self.config.training.steps
-            say(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
+            log_line(f"Stopped at step {self.step} of {last}: {reason}. The same command goes on")
         return reason
 
     def _run_steps(self, log: MetricsLog | None) -> str | None:
         config = self.config
         last = config.training.exit_step or config.training.steps
         if self.step >= last and self.is_first_rank:
-            say(f"Nothing to do: step {self.step} of {last} is behind")
+            log_line(f"Nothing to do: step {self.step} of {last} is behind")
         resumed = self.resume_from
         if self.is_first_rank and resumed is not None and is_own(resumed, self.run_dir):
             self.saver.export_what_is_missing(resumed.path, self.step)
@@ -155,17 +160,17 @@ class Trainer:
         if self.step < last:
             reason = self._signalled()  # during start-up: there is nothing new to save
         while self.step < last and reason is None:
-            self.at.step, self.at.doing = self.step + 1, "training"
+            self.progress.step, self.progress.doing = self.step + 1, "training"
             started = time.perf_counter()
             microbatches = next(batches)
             waited = time.perf_counter() - started
             figures = self.train_step(microbatches)
             seconds = time.perf_counter() - started
             figures |= {"seconds": round(seconds, 4), "data_wait_share": round(waited / seconds, 4)}
-            figures |= self.watch.inner_figures(self.step, microbatches)
+            figures |= self.monitor.inner_metrics(self.step, microbatches)
             if log is not None:
                 log.step(self.step, figures, self.platform.peak_memory_bytes())
-            self.watch.look(self.step, figures, microbatches, self.bad_steps_in_a_row)
+            self.monitor.after_step(self.step, figures, microbatches, self.bad_steps_in_a_row)
             self.saver.poll()
             at_end = self.step == last
             if at_end or self._due(config.training.eval_every):
@@ -220,9 +225,9 @@ class Trainer:
     def _run(self, microbatches: list[torch.Tensor], *, forward_only: bool = False) -> torch.Tensor:
         """The loss of a global batch, of which these are this rank's microbatches: a scalar on the
         device."""
-        masked_id, device = self.data.masked_id, self.platform.device
+        ignored_target_id, device = self.data.ignored_target_id, self.platform.device
         return run_batches(
-            self.ddp_chunks, microbatches, masked_id, device, forward_only=forward_only
+            self.ddp_chunks, microbatches, ignored_target_id, device, forward_only=forward_only
         )
 
     @torch.no_grad()
@@ -238,7 +243,7 @@ class Trainer:
         microbatches = self.data.validation_batches()
         if not microbatches:
             return None
-        self.at.doing = "validating"
+        self.progress.doing = "validating"
         set_inner_lr_scale(self.chunks, 1.0)
         loss = self._run_forward(microbatches)
         self.last_validation = self.step, loss
@@ -249,7 +254,7 @@ class Trainer:
     def save(self) -> None:
         """Write checkpoint-STEP/, a milestone where one is due, and drop the oldest."""
         since = time.perf_counter()
-        self.at.doing = "saving"
+        self.progress.doing = "saving"
         gather_parameters(self.ddp_chunks)
         state = {
             "step": self.step,
@@ -265,7 +270,7 @@ class Trainer:
             self.chunks,
             self.optimizer,
             state,
-            self.watch.checks(self.step),
+            self.monitor.checks(self.step),
             milestone=self._milestone_due(),
             since=since,
         )
@@ -283,7 +288,7 @@ class Trainer:
     def _open_log(self) -> MetricsLog | None:
         """Rank 0's log, beside the resolved configuration; the others have none. Collective."""
         opened: list[MetricsLog] = []
-        of_rank_0(lambda: opened.append(self._new_log()))
+        run_on_rank0(lambda: opened.append(self._new_log()))
         return opened[0] if opened else None
 
     def _new_log(self) -> MetricsLog:

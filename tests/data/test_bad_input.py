@@ -15,10 +15,10 @@ import pytest
 import sentencepiece
 from data_helpers import make_texts, write_shard
 
+from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.indexed import check_indexed
 from megatron_ttt.data.preprocess import preprocess
-from megatron_ttt.data.source import Shard
-from megatron_ttt.data.workspace import Workspace
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 GOOD = [f"document {i}" for i in range(20)]

@@ -9,10 +9,10 @@ from data_helpers import make_texts, write_pair, write_shard
 from harness import ROOT
 
 from megatron_ttt.config import load_config
-from megatron_ttt.data import provenance
+from megatron_ttt.data import dataset_check
 from megatron_ttt.data.batches import _masked_id, open_data
+from megatron_ttt.data.dataset_check import check_made_with
 from megatron_ttt.data.preprocess import preprocess
-from megatron_ttt.data.provenance import check_made_with
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer
 from megatron_ttt.data.tokenizer_training import train_tokenizer
 from megatron_ttt.errors import UserError
@@ -47,7 +47,7 @@ def test_data_of_another_tokenizer_is_refused(build, shards, tokenizer, tmp_path
 def test_ids_outside_the_vocabulary_are_refused_without_a_manifest(
     tokenizer, tmp_path, monkeypatch, place
 ):
-    monkeypatch.setattr(provenance, "_LOOKED_AT", 10)
+    monkeypatch.setattr(dataset_check, "_LOOKED_AT", 10)
     ids = np.arange(3, 63)
     check_made_with(write_pair(tmp_path / "good", [ids]), tokenizer, 330)
     ids[place] = 330

@@ -14,7 +14,7 @@ from megatron_ttt.errors import UserError
 PROGRAM = """
 import re, sys
 from megatron_ttt.data.reader import Block, parse_block, read_blocks
-from megatron_ttt.data.source import local_shard
+from megatron_ttt.data.shards import local_shard
 try:
     import pyarrow.compute, pyarrow.parquet
 except ImportError:

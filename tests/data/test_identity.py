@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from data_helpers import numbered_documents, write_pair
 
-from megatron_ttt.data import identity
+from megatron_ttt.data import fingerprint
 from megatron_ttt.data.batches import data_files
 from megatron_ttt.data.dataset import build_datasets
-from megatron_ttt.data.identity import check_unchanged, fingerprints
+from megatron_ttt.data.fingerprint import check_unchanged, fingerprints
 from megatron_ttt.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_any_changed_byte_is_refused(tmp_path, ending, position):
 
 
 def test_a_big_file_is_looked_at_in_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "_BLOCK", 16)
+    monkeypatch.setattr(fingerprint, "_BLOCK", 16)
     path = tmp_path / "big"
     path.write_bytes(bytes(64 * 16 * 10))
     begun = fingerprints([path])

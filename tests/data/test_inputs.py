@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from data_helpers import make_texts, pair, write_shard
 
-from megatron_ttt.data import source
 from megatron_ttt.data.preprocess import preprocess
 from megatron_ttt.data.reader import MalformedLines, read_documents
-from megatron_ttt.data.source import find_shards
+from megatron_ttt.data.shards import find_shards
 from megatron_ttt.errors import UserError
 
 TEXTS = make_texts(300, seed=3)
@@ -53,7 +52,7 @@ KINDS = [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", 
 def test_all_kinds_give_the_same_bytes(tokenizer, tmp_path, kind, workers, monkeypatch):
     write_shard(tmp_path / "plain.json", TEXTS)
     preprocess([str(tmp_path / "plain.json")], str(tmp_path / "a"), tokenizer.model_path)
-    monkeypatch.setattr(source, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_ttt.data.shards.CHUNK_BYTES", 1000)
     (tmp_path / f"c4{kind}").write_bytes(packed(kind))
     run = (str(tmp_path / "b"), tokenizer.model_path)
     preprocess([f"{tmp_path}/c4{kind}"], *run, workers=workers)
@@ -77,7 +76,7 @@ def test_python_s_gzip_reads_what_isal_reads(tmp_path, monkeypatch):
     (tmp_path / "c4.json.gz").write_bytes(packed(".gz"))
     shards = find_shards([f"{tmp_path}/c4*"])
     assert list(read_documents(shards, MalformedLines())) == TEXTS
-    monkeypatch.setattr(source, "fast_gzip", gzip)
+    monkeypatch.setattr("megatron_ttt.data.shards.fast_gzip", gzip)
     assert list(read_documents(shards, MalformedLines())) == TEXTS
 
 

@@ -11,9 +11,9 @@ from data_helpers import make_texts, write_shard
 # The parent of a run reports its own peak and, through what it waited for, its largest worker's.
 PROGRAM = """
 import json, resource, sys
-from megatron_ttt.data import gigatoken_backend, indexed, source
+from megatron_ttt.data import gigatoken_backend, indexed, shards
 from megatron_ttt.data.preprocess import preprocess
-source.CHUNK_BYTES, indexed.CHUNK_DOCUMENTS = 1 << 16, 1 << 12
+shards.CHUNK_BYTES, indexed.CHUNK_DOCUMENTS = 1 << 16, 1 << 12
 gigatoken_backend._CACHE_TEXT = 1 << 20
 preprocess(sys.argv[1:2], *sys.argv[2:4], append_eod=True, **json.loads(sys.argv[4]))
 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):

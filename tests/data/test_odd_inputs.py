@@ -15,7 +15,7 @@ from megatron_ttt.data import concatenation
 from megatron_ttt.data.inspection import stats
 from megatron_ttt.data.preprocess import merge, preprocess
 from megatron_ttt.data.reader import MalformedLines, read_documents
-from megatron_ttt.data.source import Shard, find_shards
+from megatron_ttt.data.shards import Shard, find_shards
 from megatron_ttt.data.tokenizer import load_tokenizer
 from megatron_ttt.data.tokenizer_training import train_tokenizer
 from megatron_ttt.errors import UserError

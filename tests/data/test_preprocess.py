@@ -20,10 +20,10 @@ from megatron.core.datasets.indexed_dataset import (
     IndexedDatasetBuilder,
 )
 
-from megatron_ttt.data import progress, source
+from megatron_ttt.data import progress
+from megatron_ttt.data.atomic_file import PartialFile
 from megatron_ttt.data.dataset import build_datasets
 from megatron_ttt.data.indexed import check_indexed
-from megatron_ttt.data.partial_file import PartialFile
 from megatron_ttt.data.preprocess import merge, preprocess
 from megatron_ttt.errors import UserError
 
@@ -90,7 +90,7 @@ def test_megatron_core_opens_the_files_and_they_decode_to_the_source(shards, tok
 
 
 def test_the_number_of_workers_changes_nothing(shards, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr("megatron_ttt.data.shards.CHUNK_BYTES", 1 << 10)
     options = {"json_keys": ["url", "text"], "append_eod": True}
     for workers in [1, 2, 3]:
         prefix = str(tmp_path / str(workers))

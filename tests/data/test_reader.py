@@ -5,7 +5,7 @@ import pytest
 from data_helpers import write_shard
 
 from megatron_ttt.data.reader import MalformedLines, read_documents
-from megatron_ttt.data.source import find_shards
+from megatron_ttt.data.shards import find_shards
 from megatron_ttt.errors import UserError
 
 

@@ -13,10 +13,10 @@ import pytest
 from data_helpers import make_texts, pair, write_shard
 from kill_preprocess import kill_test
 
-from megatron_ttt.data import concatenation, tasks
-from megatron_ttt.data.partial_file import PartialFile
+from megatron_ttt.data import concatenation, shard_jobs
+from megatron_ttt.data.atomic_file import PartialFile
+from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.preprocess import merge, preprocess
-from megatron_ttt.data.workspace import Workspace
 from megatron_ttt.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_c4.py"
@@ -42,7 +42,7 @@ class Broken(Exception):
 @pytest.fixture
 def stop_at_shard(monkeypatch):
     """Let the reading of shards fail from the n-th on; returns the names of those read."""
-    read, real = [], tasks.read_blocks
+    read, real = [], shard_jobs.read_blocks
 
     def install(number):
         def read_blocks(shard, *options):
@@ -52,7 +52,7 @@ def stop_at_shard(monkeypatch):
             return real(shard, *options)
 
         read.clear()
-        monkeypatch.setattr(tasks, "read_blocks", read_blocks)
+        monkeypatch.setattr(shard_jobs, "read_blocks", read_blocks)
         return read
 
     return install
@@ -203,7 +203,7 @@ def test_a_crash_of_the_merge_is_made_good(corpus, tmp_path, monkeypatch):
             assert len(parts) == 3 - int(victim) + 1  # and the file they are copied to
             assert not Path(f"{corpus[1]}_text_document.bin").exists()
         if victim == "1":
-            monkeypatch.setattr(tasks, "read_blocks", read.append)  # nothing is read again
+            monkeypatch.setattr(shard_jobs, "read_blocks", read.append)  # nothing is read again
     break_at("")
     preprocess(*corpus)
     assert pair(f"{corpus[1]}_text_document") == expected and not read

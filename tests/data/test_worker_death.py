@@ -14,7 +14,7 @@ from kill_workers import disturb
 from megatron_ttt.data.encoder import Encoder, Options
 from megatron_ttt.data.local_engine import encode_in_order
 from megatron_ttt.data.reader import Block, read_blocks
-from megatron_ttt.data.source import local_shard
+from megatron_ttt.data.shards import local_shard
 from megatron_ttt.errors import UserError
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import model_from_official
+from megatron_ttt.hf.configuration import model_from_hf_config
 
 SWITCHES = ("use_gate", "share_qk", "pre_conv")
 
@@ -15,11 +15,11 @@ def test_all_or_none():
         official = dict(zip(SWITCHES, values))
         if len(set(values)) == 1:
             expected = "mamba" if values[0] else "transformer"
-            assert model_from_official(official).backbone == expected
+            assert model_from_hf_config(official).backbone == expected
             continue
         found = ", ".join(f"{name}={str(value).lower()}" for name, value in official.items())
         with pytest.raises(UserError) as refusal:
-            model_from_official(official)
+            model_from_hf_config(official)
         assert f"config.json: {found} is not supported" in str(refusal.value)
         assert "all three are true (the Mamba backbone)" in str(refusal.value)
         assert "all three are false (the Transformer backbone)" in str(refusal.value)
@@ -27,4 +27,4 @@ def test_all_or_none():
 
 def test_a_word_is_no_switch():
     with pytest.raises(UserError, match='use_gate="false"'):
-        model_from_official(dict.fromkeys(SWITCHES, "false"))
+        model_from_hf_config(dict.fromkeys(SWITCHES, "false"))

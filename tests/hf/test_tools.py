@@ -14,7 +14,7 @@ from data.data_helpers import byte_level_tokenizer
 from harness import ROOT, Job, random_official, run, torchrun, write_official
 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
-from megatron_ttt.data.identity import fingerprints
+from megatron_ttt.data.fingerprint import fingerprints
 from megatron_ttt.data.indexed import IndexedWriter
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_ttt.errors import UserError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_ttt.checkpoint.store import Checkpoint
-from megatron_ttt.data.identity import fingerprint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
+from megatron_ttt.data.fingerprint import fingerprint
 from megatron_ttt.errors import UserError
 
 

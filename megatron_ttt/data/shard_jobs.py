@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from megatron_ttt.data.build_folder import VERSION, Workspace, stream_name
 from megatron_ttt.data.encoder import EncodedBlock, Options
 from megatron_ttt.data.indexed import IndexedWriter
 from megatron_ttt.data.reader import Block, ShardRead, read_blocks
-from megatron_ttt.data.source import Shard, ShardError
-from megatron_ttt.data.workspace import VERSION, Workspace, stream_name
+from megatron_ttt.data.shards import Shard, ShardError
 from megatron_ttt.errors import UserError
 
 ON_ERROR = ("fail", "skip")

@@ -1,9 +1,9 @@
 """Errors of one rank while a checkpoint is written: of its disk, its memory, its machine.
 
 All ranks must hear of them, and none must wait for one that has given up. So a save is made of
-parts that are a rank's own, within `HeldErrors.hold`, and before each communication between them
-stands `HeldErrors.together`: that is the next thing a rank that has failed takes part in, too, and
-there all of them raise.
+parts that are a rank's own, within `DeferredErrors.capture`, and before each communication between
+them stands `DeferredErrors.raise_on_all`: that is the next thing a rank that has failed takes part
+in, too, and there all of them raise.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class SaveError(Exception):
     """A checkpoint that could not be written; all ranks raise it at the same place."""
 
 
-class HeldErrors:
+class DeferredErrors:
     """The first error of this rank in a save, until `together` raises it on all ranks."""
 
     def __init__(self) -> None:
         self.first: str | None = None
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def capture(self) -> Iterator[None]:
         """Note an error of the machine instead of raising it."""
         try:
             yield
         except OF_THE_MACHINE as error:
             self.first = self.first or one_line(error)
 
-    def together(self, own: Any = None) -> list[Any]:
+    def raise_on_all(self, own: Any = None) -> list[Any]:
         """Each rank's `own`, in order of ranks. Raises SaveError if any rank holds an error."""
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (own, self.first))
@@ -66,7 +66,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's way to write, but the ranks agree before each of its communications, and it
     writes with `_write_files`. `files`: names of what this rank writes."""
 
-    def __init__(self, held: HeldErrors):
+    def __init__(self, held: DeferredErrors):
         super().__init__("torch_dist", 1)
         self.files: list[str] = []
         self._held = held
@@ -93,25 +93,25 @@ class _Writer(FileSystemWriterAsync):
     """megatron-core's writer, whose three steps before and after a communication are this rank's
     own."""
 
-    held: HeldErrors
+    held: DeferredErrors
 
     def prepare_local_plan(self, plan):
         """The last step before the plans are gathered."""
         plan = super().prepare_local_plan(plan)
-        self.held.together()
+        self.held.raise_on_all()
         return plan
 
     def retrieve_write_results(self):
         """The last step before what was written is gathered."""
         results = None
-        with self.held.hold():
+        with self.held.capture():
             results = super().retrieve_write_results()
-        self.held.together()
+        self.held.raise_on_all()
         return results
 
     def finish(self, metadata, results) -> None:
         """Rank 0's last file, .metadata, while the others wait for word from it."""
-        with self.held.hold():
+        with self.held.capture():
             super().finish(metadata, results)
 
 

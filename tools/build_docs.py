@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the documentation takes from the code.
 
-    python tools/document.py
+    python tools/build_docs.py
 
 lists the error messages that docs/troubleshooting.md lacks, and those it has that the program no
 longer prints. As a hook of mkdocs.yml this file makes the configuration reference from config.py,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ttt.data.build_folder import load_json
 from megatron_ttt.data.indexed import bin_path, check_ids, open_indexed
 from megatron_ttt.data.tokenizer import Tokenizer
-from megatron_ttt.data.workspace import load_json
 from megatron_ttt.errors import UserError
 
 _MANIFEST = ".manifest.json"

@@ -34,7 +34,7 @@ class SpikeWatch:
         return None
 
 
-def first_bad_place(chunks: list[nn.Module], run_forward: Callable[[], object]) -> str:
+def first_nonfinite_module(chunks: list[nn.Module], run_forward: Callable[[], object]) -> str:
     """The first place of the model where a number is not finite, in words. Collective.
 
     run_forward: passes the batch in question through the chunks once more, without gradients.

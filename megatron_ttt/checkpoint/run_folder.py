@@ -115,14 +115,14 @@ def open_whole_checkpoint(
 
 def find_newest(
     listed: list[Listed],
-    say: Callable[[str], None] = print,
+    log_line: Callable[[str], None] = print,
     damage_of: Callable[[Path], str | None] = find_damage,
 ) -> Checkpoint | None:
     """The newest checkpoint or milestone of a run folder that is still what was written.
 
-    listed: of `list_checkpoints`. Those that are not are skipped, and `say` is told which and why.
-    None if there is none to go on from; UserError if there are only damaged ones, as starting anew
-    would then lose the run.
+    listed: of `list_checkpoints`. Those that are not are skipped, and `log_line` is told which and
+    why. None if there is none to go on from; UserError if there are only damaged ones, as starting
+    anew would then lose the run.
     """
     damaged = {}
     for one in sorted(listed, reverse=True):
@@ -130,7 +130,7 @@ def find_newest(
         if damage is None:
             return open_checkpoint(one.path)
         damaged[one.path] = damage
-        say(f"Skipped {one.path}: {damage}")
+        log_line(f"Skipped {one.path}: {damage}")
     if damaged:
         path, damage = next(iter(damaged.items()))
         raise UserError(
@@ -150,7 +150,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Listed]:
 
 
 def check_architecture(
-    checkpoint: Checkpoint, model: dict[str, Any], say: Callable[[str], None] = print
+    checkpoint: Checkpoint, model: dict[str, Any], log_line: Callable[[str], None] = print
 ) -> None:
     """Refuse a checkpoint whose tensors are not this model's; `say` what else makes it another."""
     saved = checkpoint.config["model"]
@@ -168,7 +168,7 @@ def check_architecture(
     for key in FUNCTION:
         there, here = saved.get(key), model[key]
         if there not in (None, here) and key not in ignored:
-            say(f"Warning: {checkpoint.path} was trained with model.{key}={there}, not {here}")
+            log_line(f"Warning: {checkpoint.path} was trained with model.{key}={there}, not {here}")
 
 
 def temporary_path(path: Path, token: str) -> Path:
@@ -221,7 +221,7 @@ def _link_or_copy(path: Path, other: Path) -> None:
             os.fsync(copy.fileno())
 
 
-def set_aside(run_dir: Path, step: int) -> list[Path]:
+def quarantine(run_dir: Path, step: int) -> list[Path]:
     """Rename every checkpoint and milestone after `step` to abandoned-NAME, which nothing looks at.
     Returns the new names.
 

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from megatron_ttt.data.atomic_file import own_suffix, publish_bytes, refuse_folder, remove_partials
 from megatron_ttt.data.indexed import bin_path, idx_path
 from megatron_ttt.data.manifests import COPIED, FINAL, PLAN, TASK, fault
-from megatron_ttt.data.partial_file import own_suffix, publish_bytes, refuse_folder, remove_partials
-from megatron_ttt.data.source import Shard
+from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
 VERSION = 1

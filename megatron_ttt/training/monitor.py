@@ -9,25 +9,25 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.mixers.ttt.statistics import InnerStatistics
-from megatron_ttt.training.health import SpikeWatch, first_bad_place
+from megatron_ttt.training.anomalies import SpikeWatch, first_nonfinite_module
 from megatron_ttt.training.inner_loop import (
-    inner_figures,
+    inner_metrics,
     inner_table,
     observe_inner_loop,
     sample_of,
 )
-from megatron_ttt.training.loggers import say
+from megatron_ttt.training.loggers import log_line
 from megatron_ttt.training.optimizer import gather_parameters
 from megatron_ttt.training.optimizer_checks import (
-    agree,
+    compare_checksums,
+    compute_checksums,
     first_difference,
     optimizer_checksums,
-    sum_up,
     to_json,
 )
 
@@ -35,7 +35,7 @@ REPORT_PAUSE = 100
 """Least steps between two reports of the inner loop's health."""
 
 
-class RunWatch:
+class RunMonitor:
     """What is looked at after each step. All its methods are collective."""
 
     def __init__(
@@ -53,14 +53,14 @@ class RunWatch:
         self.reported_at = -REPORT_PAUSE
         self.device = next(chunks[0].parameters()).device
 
-    def inner_figures(self, step: int, microbatches: list[Tensor]) -> dict[str, float]:
+    def inner_metrics(self, step: int, microbatches: list[Tensor]) -> dict[str, float]:
         """The inner loop's figures for the log, at the steps that want them; else none."""
         every = self.config.logging.inner_statistics_every
         if not every or step % every:
             return {}
-        return inner_figures(self._inner_statistics(microbatches))
+        return inner_metrics(self._inner_statistics(microbatches))
 
-    def look(
+    def after_step(
         self, step: int, figures: dict[str, float], microbatches: list[Tensor], bad_steps: int
     ) -> None:
         """Warn of what is out of the ordinary; raise TrainingError for what cannot go on.
@@ -75,7 +75,7 @@ class RunWatch:
         if give_up or ((warnings or bad_steps) and step - self.reported_at >= REPORT_PAUSE):
             self._report_inner_loop(step, microbatches)
         if give_up:
-            place = first_bad_place(self.chunks, partial(self.run_forward, microbatches))
+            place = first_nonfinite_module(self.chunks, partial(self.run_forward, microbatches))
             raise TrainingError(
                 f"{bad_steps} steps in a row were not finite, the last step {step}; first not "
                 f"finite is {place}. Go back to an earlier checkpoint (checkpoint.load) with a "
@@ -84,14 +84,16 @@ class RunWatch:
         every = self.config.training.check_replicas_every
         if every and step % every == 0:
             gather_parameters(self.ddp_chunks)
-            agree(sum_up(self.chunks, self.optimizer), step, self.device)
+            compare_checksums(compute_checksums(self.chunks, self.optimizer), step, self.device)
 
     def checks(self, step: int) -> Checks:
         """For a save with current weights: are copies what they must be, and what is in the
         optimizer, for state.json. Raises TrainingError where that cannot be published."""
         return Checks(
-            look=partial(sum_up, self.chunks, self.optimizer),
-            agree=lambda seen: {"optimizer_checksums": agree(seen, step, self.device)},
+            compute=partial(compute_checksums, self.chunks, self.optimizer),
+            compare=lambda seen: {
+                "optimizer_checksums": compare_checksums(seen, step, self.device)
+            },
         )
 
     def check_loaded(self, checkpoint: Checkpoint) -> None:
@@ -99,7 +101,7 @@ class RunWatch:
         saved = checkpoint.state.get("optimizer_checksums")
         if saved is None:
             return
-        seen = sum_up(self.chunks, self.optimizer)
+        seen = compute_checksums(self.chunks, self.optimizer)
         loaded = to_json(optimizer_checksums(seen, self.device)[0])
         if difference := first_difference(saved, loaded):
             raise TrainingError(
@@ -121,4 +123,4 @@ class RunWatch:
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:
-            say(message)
+            log_line(message)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttt.checkpoint.manifest import MANIFEST_FILE
-from megatron_ttt.checkpoint.store import Checkpoint
+from megatron_ttt.checkpoint.run_folder import Checkpoint
 
 SOURCE_FILE = "exported_from.json"
 

@@ -20,7 +20,7 @@ _SIGNS = ("gloo", "timed out", "timeout", "connection closed", "connection reset
 
 
 @dataclass
-class Whereabouts:
+class Progress:
     """What this process is at, kept up to date by who does it."""
 
     step: int = 0
@@ -28,7 +28,7 @@ class Whereabouts:
 
 
 @contextlib.contextmanager
-def naming_lost_ranks(at: Whereabouts) -> Iterator[None]:
+def naming_lost_ranks(progress: Progress) -> Iterator[None]:
     """Turn a collective's failure into a LostRankError that names this rank, its step, what it was
     doing and the ranks that do not answer."""
     try:
@@ -39,7 +39,7 @@ def naming_lost_ranks(at: Whereabouts) -> Iterator[None]:
         lost = _roll_call()
         who = f"no answer from rank {', '.join(map(str, lost))}" if lost else "no answer"
         raise LostRankError(
-            f"rank {os.environ.get('RANK', '0')} at step {at.step}, {at.doing}: {who} "
+            f"rank {os.environ.get('RANK', '0')} at step {progress.step}, {progress.doing}: {who} "
             f"({_reason(error)}). Give the same command again: it goes on from the "
             "last checkpoint"
         ) from error
