@@ -234,7 +234,7 @@ class CheckpointWriter:
             own, seen = _result(results)
         described = {name: file for one in held.raise_on_all(own) for name, file in one.items()}
         finalize()
-        state = {**state, **checks.compare_checksums(seen)}
+        state = {**state, **checks.compare(seen)}
         if dist.get_rank() == 0 and held.first is None:
             with held.capture():
                 save_config(CheckpointingConfig("torch_dist", 1), str(folder))
