@@ -15,7 +15,7 @@ import pytest
 from harness import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
-import document
+import build_docs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
@@ -123,13 +123,13 @@ def test_a_block_is_run_unless_it_is_marked(tmp_path):
 
 
 def test_every_error_message_has_its_cure():
-    missing, stale = document.message_differences()
+    missing, stale = build_docs.message_differences()
     assert not missing, "list in docs/troubleshooting.md: " + "\n".join(f"- `{m}`" for m in missing)
     assert not stale, "no longer printed, take out of docs/troubleshooting.md: " + "\n".join(stale)
 
 
 def test_messages_are_found_in_the_code():
-    found = document.error_messages()
+    found = build_docs.error_messages()
     assert len(found) > 150
     assert found["training.precision=fp16 is not supported: use bf16 (or fp32)"] == (
         "megatron_ttt/config.py"
@@ -146,7 +146,7 @@ def test_a_group_of_messages_is_followed_by_a_cure():
 def test_the_reference_has_every_key():
     from megatron_ttt.config import Config
 
-    page = document.configuration_page()
+    page = build_docs.configuration_page()
     for section in dataclasses.fields(Config):
         part = page.split(f"\n## {section.name}\n")[1].split("\n## ")[0]
         for key in dataclasses.fields(section.default_factory):
