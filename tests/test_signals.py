@@ -92,6 +92,7 @@ def test_sigterm_in_every_phase(recipe, indexed, tmp_path, phase):
     else:
         wait_until(lambda: list(run_dir.glob(".incomplete-checkpoint-3.*")), launcher)
     random.Random(phase).choice(processes).terminate()
+    saving = bool(list(run_dir.glob(".incomplete-checkpoint-3.*")))
     assert "Validation at step 1" not in log.read_text()
     assert launcher.wait(timeout=GRACE) == 75
     output = log.read_text()
@@ -104,7 +105,7 @@ def test_sigterm_in_every_phase(recipe, indexed, tmp_path, phase):
     assert saved[-1] == stopped_at and f"Stopped at step {stopped_at} of" in output
     if phase == "evaluation":
         assert saved == [1]
-    else:
+    elif saving:  # else this process was held up while the save went on
         # At once after that save; a step later if training went on by then.
         assert saved in ([3], [3, 4])
     assert all(find_damage(run_dir / f"checkpoint-{step}") is None for step in saved)

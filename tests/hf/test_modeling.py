@@ -80,8 +80,12 @@ def test_jax_logits(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
 def test_every_split_of_every_prompt(name, monkeypatch):
-    """Prompts of 1 to 40 tokens, in two calls, cut everywhere: float64, within 1e-9."""
+    """Prompts of 1 to 40 tokens, in two calls, cut everywhere: float64, within 1e-9.
+
+    The second call ends one token on, at the last and around the ends of mini-batches.
+    """
     model, ids = golden_model(name)
+    ends = {15, 16, 17, 31, 32, 33, 40}
     ids = ids[:1, :40]
     full = model(ids, use_cache=False).logits
     for first in range(1, 41):
@@ -90,7 +94,7 @@ def test_every_split_of_every_prompt(name, monkeypatch):
             monkeypatch.setattr(modeling_ttt, "ttt_scan", None)
         start = model(ids[:, :first], use_cache=True)
         assert relative(start.logits, full[:, :first]) < 1e-9, first
-        for length in range(first + 1, 41):
+        for length in (n for n in range(first + 1, 41) if n == first + 1 or n in ends):
             cache = copy.deepcopy(start.past_key_values)
             rest = model(ids[:, first:length], past_key_values=cache).logits
             assert relative(rest, full[:, first:length]) < 1e-9, (first, length)

@@ -133,16 +133,18 @@ def layernorm_gate_case(N: int, B: int, D: int, dtype, group, alone) -> dict:
 
 
 def cases(group, alone):
-    """Name and figures of each."""
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    """Name and figures of each: first those of both ranks, then those of the first rank alone."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if group.size() > 1:
+        for name, dtype in dtypes.items():
+            measured = layernorm_gate_case(5, 2, 40, dtype, group, alone)
+            yield f"{name} layernorm_gate on two ranks", measured
+    if group.rank() > 0:
+        return
+    for name, dtype in dtypes.items():
         yield f"{name} conv_rope", conv_rope_case(70, 2, 6, 16, 16, 4, dtype)
         yield f"{name} rmsnorm_conv", rmsnorm_conv_case(70, 2, 96, 4, dtype)
         yield f"{name} layernorm_gate", layernorm_gate_case(300, 2, 96, dtype, alone, alone)
-        if group.size() > 1:
-            yield (
-                f"{name} layernorm_gate on two ranks",
-                layernorm_gate_case(5, 2, 40, dtype, group, alone),
-            )
     yield "fp32 conv_rope, short", conv_rope_case(2, 1, 1, 20, 32, 4, torch.float32)
 
 
