@@ -27,7 +27,6 @@ CASES = (
     "head_dim 64, mini-batches of 64",
     "head_dim 20, mini-batches of 32",
     "bf16 groups, a state per sequence",
-    "bf16 head_dim 96",
     "bf16 head_dim 128, mini-batches of 64",
     "a state that grows",
 )

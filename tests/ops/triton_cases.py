@@ -33,7 +33,6 @@ CASES = {  # B, H, L, F, K, a state per sequence, dtype of q, k and v, and what 
     "head_dim 64, mini-batches of 64": (1, 1, 64 + 1, 64, 64, False, torch.float32),
     "head_dim 20, mini-batches of 32": (1, 1, 32 * 3, 20, 32, False, torch.float32),
     "bf16 groups, a state per sequence": (2, 1, 16 * 2 + 5, 64, 16, True, torch.bfloat16),
-    "bf16 head_dim 96": (1, 1, 16 * 2 + 3, 96, 16, False, torch.bfloat16),
     "bf16 head_dim 128, mini-batches of 64": (1, 1, 64 + 1, 128, 64, False, torch.bfloat16),
     "a state that grows": (1, 2, 16 * 4 + 5, 16, 16, True, torch.float32, 1000),
 }
