@@ -3,9 +3,8 @@
 The lists of what is saved for the backward pass follow the code tensor by tensor, the mixers' in
 `mixers/`; `benchmarks/memory_estimate.py` holds their sum against a process that trains.
 
-Sizes: D hidden size, I width of the SwiGLU, V vocabulary, f head_dim, K mini-batch, T tokens of a
-microbatch; `w` bytes of a weight or activation, 2 in bf16; `cut` what of a tensor a rank has under
-tensor parallelism, `rows` what of it it has under sequence parallelism.
+`w` is the bytes of a weight or activation, 2 in bf16; `rows` the tokens of a microbatch that a rank
+has under sequence parallelism.
 """
 
 from __future__ import annotations

@@ -50,9 +50,7 @@ def saved_state_bytes(inner_model: InnerModel, options: TTTOptions, batch: Micro
         E, P = 16 * -(-f // 16), 16 * -(-K // 16)
         token = 4 * 2 * E + (0 if linear else 4 * 8 * f * P / K)  # Z, Zbar; Z1, Z1bar
         state = (f + 1) * E if linear else (8 * f + 1) * E
-    elif (
-        not batch.on_cpu and backend in ("auto", "triton") and 16 <= f <= 128 and K in (16, 32, 64)
-    ):
+    elif not batch.on_cpu and backend in ("auto", "triton") and _fits_kernels(f, K):
         w = batch.width
         token = w * f if linear else w * 9 * f + 4 * (2 * f + K)  # G; X2, G1, G2, Z2, Zbar2, S2
         state = f * f + f if linear else 8 * f * f + 5 * f
