@@ -52,24 +52,24 @@ _ATTENTION = [
 def verify(
     model: ModelConfig,
     read_ours: Read,
-    read_hf_config: Read,
+    read_hf: Read,
     cast: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Raise UserError, naming the first module that differs, unless both sides are one model.
 
-    read_ours: global tensors of the checkpoint by our names. read_hf_config: official tensors by
+    read_ours: global tensors of the checkpoint by our names. read_hf: official tensors by
     theirs. cast: what a checkpoint's tensor became on the way out, where a dtype was asked for.
     """
     cast = cast or (lambda tensor: tensor)
     dtypes = set()
     for row in model_parameters(model).values():
-        ours, theirs = cast(read_ours(row.name)), join(row, read_hf_config)
+        ours, theirs = cast(read_ours(row.name)), join(row, read_hf)
         if not _same_bits(ours, theirs):
             for part in row.hf_names:
                 _differs(part.rsplit(".", 1)[0], f"the weights of {part}")
         dtypes.add(ours.dtype)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    _verify_outputs(model, lambda name: cast(read_ours(name)), read_hf_config, dtype)
+    _verify_outputs(model, lambda name: cast(read_ours(name)), read_hf, dtype)
 
 
 def verify_configuration(model: ModelConfig, folder: Path) -> None:
@@ -102,9 +102,9 @@ def _differs(module: str, what: str) -> None:
 
 
 @torch.no_grad()
-def _verify_outputs(model: ModelConfig, read_ours: Read, read_hf_config: Read, dtype) -> None:
+def _verify_outputs(model: ModelConfig, read_ours: Read, read_hf: Read, dtype) -> None:
     ids = torch.randint(0, model.vocab_size, PROMPT, generator=torch.Generator().manual_seed(0))
-    theirs = StreamedHF(model, read_hf_config, dtype)
+    theirs = StreamedHF(model, read_hf, dtype)
     tokens = theirs.generate(ids, NEW_TOKENS)
     their_logits, their_outputs = theirs.run(tokens)
     del theirs
