@@ -262,7 +262,7 @@ def test_old_checkpoints_go_behind_training(build, tmp_path, monkeypatch):
 
 
 def save_behind(trainer, look) -> None:
-    """Save in the background, in whose process `look` is called; give it a minute."""
+    """Save in the background, in whose process the checks are computed; give it a minute."""
     trainer.monitor.checks = lambda step: Checks(look, lambda seen: {"seen": seen})
     trainer.save()
     (process,) = multiprocessing.active_children()

@@ -152,7 +152,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Listed]:
 def check_architecture(
     checkpoint: Checkpoint, model: dict[str, Any], log_line: Callable[[str], None] = print
 ) -> None:
-    """Refuse a checkpoint whose tensors are not this model's; `say` what else makes it another."""
+    """Refuse a checkpoint whose tensors are not this model's; warn of what else differs."""
     saved = checkpoint.config["model"]
     of_ttt = ("backbone", "mini_batch_size", "conv_kernel", "ttt_base_lr")
     ignored = () if model["layer"].startswith("ttt") else of_ttt

@@ -276,8 +276,8 @@ def _write_and_describe(
     compute: Callable[[], Any],
     results: ResultsFile,
 ) -> None:
-    """Look at the memory, write this rank's files (write: None if it has none), and compute at them
-    while they are near."""
+    """Compute the checks of this rank's memory, write its files (write: None if it has none), and
+    describe them while they are in the page cache."""
     seen = compute()
     if write is not None:
         write(*arguments)

@@ -101,7 +101,7 @@ def open_data(config: Config, *, train: bool = True) -> Data:
         notes += note
     if train and data.fixed_batches:
         train_set = _fixed_batches(config)
-    ignored_target_id = _masked_id(config, tokenizer)
+    ignored_target_id = _ignored_target_id(config, tokenizer)
     return Data(config, train_set, validation_set, validation_samples, ignored_target_id, notes)
 
 
@@ -190,7 +190,7 @@ def _validation_samples(config: Config, held: int) -> tuple[int, list[str]]:
     return samples, [line]
 
 
-def _masked_id(config: Config, tokenizer: Tokenizer | None) -> int | None:
+def _ignored_target_id(config: Config, tokenizer: Tokenizer | None) -> int | None:
     bos_id = config.data.bos_id if tokenizer is None else tokenizer.bos_id
     # One token may be both: a model that is not taught it after a document never learns to stop.
     ends_documents = tokenizer is not None and bos_id == tokenizer.eos_id

@@ -29,13 +29,12 @@ def split(row: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
     The rows that pad the vocabulary are left out.
     """
-    return zip(row.hf_names, row.packing.split(tensor[: row.shape[0]]))
+    return zip(row.hf_names, row.split(tensor[: row.shape[0]]))
 
 
 def join(row: Parameter, read: Callable[[str], Tensor]) -> Tensor:
     """Return our global tensor of a parameter; `read` gives Hugging Face tensors by name."""
-    tensors = [read(name) for name in row.hf_names]
-    return row.packing.join(tensors) if len(tensors) > 1 else tensors[0]
+    return row.join([read(name) for name in row.hf_names])
 
 
 def to_hf(model: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -33,27 +33,6 @@ class Dimensions:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How Hugging Face's tensors make one parameter: one after the other along its rows.
-
-    groups: the rows are cut into so many groups, and each group holds its part of every tensor.
-    """
-
-    parts: int
-    groups: int = 1
-
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        """Return Hugging Face's tensors."""
-        grouped = tensor.unflatten(0, (self.groups, self.parts, -1))
-        return [part.flatten(0, 1) for part in grouped.unbind(1)]
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the parameter."""
-        grouped = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
-        return torch.stack(grouped, dim=1).flatten(0, 2)
-
-
-@dataclass(frozen=True)
 class Parameter:
     """A row of the table from which a parameter is built, filled, cut, counted, exported and
     imported."""
@@ -70,17 +49,24 @@ class Parameter:
     fp32: bool = False
     """Whether it stays in float32 in a bf16 model."""
     groups: int = 1
-    """Of `Packing`."""
+    """Into how many groups its rows are cut; each group has its part of every packed tensor."""
 
     @property
     def numel(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
 
-    @property
-    def packing(self) -> Packing:
-        """How Hugging Face's tensors make it."""
-        return Packing(len(self.hf_names), self.groups)
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return Hugging Face's tensors, in the order of their names."""
+        grouped = tensor.unflatten(0, (self.groups, len(self.hf_names), -1))
+        return [part.flatten(0, 1) for part in grouped.unbind(1)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the parameter that Hugging Face's tensors make."""
+        if len(tensors) == 1:
+            return tensors[0]
+        grouped = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
+        return torch.stack(grouped, dim=1).flatten(0, 2)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of Hugging Face's tensors by their names within the layer."""
@@ -135,6 +121,8 @@ class Mixer(ABC):
     name: ClassVar[str]
     label: ClassVar[str]
     """For people: TTT-Linear."""
+    Options: ClassVar[type]
+    """Its options: a dataclass whose fields are documented by the strings under them."""
     hf_norms: ClassVar[tuple[str, str]]
     """Hugging Face's names of the norm before the mixer and of the one before the SwiGLU."""
 

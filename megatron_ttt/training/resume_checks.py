@@ -44,7 +44,7 @@ _WHY = {
 
 
 def check_resume(checkpoint: Checkpoint, config: Config, log_line: Callable[[str], None]) -> None:
-    """Refuse a configuration that cannot go on from a checkpoint; `say` what else it changes."""
+    """Refuse a configuration that cannot go on from a checkpoint; log what else it changes."""
     _refuse_other_parameter_groups(checkpoint, config)
     if checkpoint.step == 0:
         return

@@ -10,7 +10,7 @@ from harness import ROOT
 
 from megatron_ttt.config import load_config
 from megatron_ttt.data import dataset_check
-from megatron_ttt.data.batches import _masked_id, open_data
+from megatron_ttt.data.batches import _ignored_target_id, open_data
 from megatron_ttt.data.dataset_check import check_made_with
 from megatron_ttt.data.preprocess import preprocess
 from megatron_ttt.data.tokenizer import SentencePieceTokenizer
@@ -77,7 +77,7 @@ def test_training_and_validation_data_are_looked_at(cpu_platform, tokenizer, tmp
 def test_bos_is_masked_unless_it_ends_documents_too(bos_id, eos_id, masked):
     config = SimpleNamespace(data=SimpleNamespace(mask_bos=True, bos_id=5))
     tokenizer = SimpleNamespace(bos_id=bos_id, eos_id=eos_id)
-    assert _masked_id(config, tokenizer) == masked
-    assert _masked_id(config, None) == 5
+    assert _ignored_target_id(config, tokenizer) == masked
+    assert _ignored_target_id(config, None) == 5
     config.data.mask_bos = False
-    assert _masked_id(config, tokenizer) is None
+    assert _ignored_target_id(config, tokenizer) is None

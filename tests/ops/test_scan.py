@@ -130,3 +130,9 @@ def test_refuses_an_unknown_backend():
         ttt_scan(
             INNER_MODELS["linear"], *inputs("linear", 1, 1, 16, 16, 16)[:7], (), backend="fast"
         )
+
+
+def test_refuses_the_state_of_another_model():
+    tensors = inputs("mlp", 1, 1, 16, 16, 16)
+    with pytest.raises(ValueError, match=r"the state of TTT-linear is W1 \[16, 16\], b1 \[1, 16\]"):
+        ttt_scan(INNER_MODELS["linear"], *tensors[:7], tuple(tensors[7:]))
