@@ -61,15 +61,17 @@ def make(recipe: str, path: Path) -> None:
     """A checkpoint of initial weights, float32."""
     import torch
 
-    from megatron_ttt.checkpoint.state import save_checkpoint
-    from megatron_ttt.config import load_config, to_dict
-    from megatron_ttt.hf.verification import build_on_cpu
+    from megatron_ttt.checkpoint.writer import save_checkpoint
+    from megatron_ttt.config import load_config
+    from megatron_ttt.hf.building import build_on_cpu
     from megatron_ttt.model import initialise_weights
+    from megatron_ttt.stack import architecture_of
 
     config = load_config([recipe])
-    chunk = build_on_cpu(config.model, torch.float32)
-    initialise_weights(chunk, config.model, config.run.seed)
-    state = {"step": 0, "config": {"model": to_dict(config)["model"]}}
+    architecture = architecture_of(config)
+    chunk = build_on_cpu(architecture, torch.float32)
+    initialise_weights(chunk, architecture, config.run.seed)
+    state = {"step": 0, "config": architecture.to_tree()}
     save_checkpoint(path, [chunk], None, state)
 
 

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_ttt.config import load_config
 from megatron_ttt.planning import peak_flops, training_flops_per_token
+from megatron_ttt.stack import architecture_of
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 32768  # of a micro-batch, halved until it fits
@@ -96,7 +97,7 @@ class StepBenchmark:
                 seconds.append(time.perf_counter() - started)
             median = sorted(seconds)[len(seconds) // 2]
             rate = sequences * length / median
-            flops = rate * training_flops_per_token(config.model, length)
+            flops = rate * training_flops_per_token(architecture_of(config), length)
             peak = peak_flops(torch.cuda.get_device_name()) if self.device == "cuda" else None
             record = {
                 "recipe": recipe,

@@ -1,11 +1,12 @@
 """How a user's mistake leaves the program: one line on stderr, exit code 2."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,6 +89,20 @@ def run_on_every_rank(work: Callable[[], T]) -> T:
     if refusal := next(filter(None, refusals), None):
         raise refusal
     return own
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `UserError` for a value that is none of the choices."""
+    if value not in choices:
+        raise UserError(f"{key}={value} is none of {', '.join(choices)}")
+
+
+def check_at_least(key: str, value: float, least: float) -> None:
+    """Raise `UserError` for a number below the least, an infinite one, or NaN."""
+    if value == math.inf:
+        raise UserError(f"{key}={value} is too large: set a finite number")
+    if not value >= least:  # NaN is not
+        raise UserError(f"{key}={value} is too small: set {least} or more")
 
 
 def refuse_missing_folders(*outputs: Path | None) -> None:

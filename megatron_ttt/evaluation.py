@@ -6,7 +6,6 @@ directory's, in transformers (`OfficialEvaluator`); both answer the same questio
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from functools import partial
@@ -29,17 +28,14 @@ from torch import Tensor, nn
 from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.checkpoint.state import load_weights
 from megatron_ttt.checkpoint.verification import open_whole_together
-from megatron_ttt.config import Config
+from megatron_ttt.config import Config, config_with_defaults
 from megatron_ttt.data.batches import open_data
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import (
-    config_with_defaults,
-    model_from_hf_config,
-    read_hf_config,
-)
+from megatron_ttt.hf.configuration import architecture_from_hf_config, read_hf_config
 from megatron_ttt.hf.export_manifest import read_evaluation
 from megatron_ttt.hf.mapping import gather_hf
 from megatron_ttt.model import build_chunks, make_transformer_config
+from megatron_ttt.stack import architecture_of
 
 
 class Evaluator:
@@ -81,7 +77,7 @@ class Evaluator:
         for ddp in ddp_chunks:
             ddp.zero_grad_buffer()
         self._run(ddp_chunks, input_ids, partial(self._cross_entropy, input_ids), backward=True)
-        return gather_hf(self.chunks, self.config.model, lambda p: p.main_grad)
+        return gather_hf(self.chunks, architecture_of(self.config), lambda p: p.main_grad)
 
     def _run(
         self, chunks: list[nn.Module], input_ids, loss, *, labels=None, backward=False, **options
@@ -104,7 +100,7 @@ class Evaluator:
         )
 
     def _check_length(self, length: int) -> None:
-        model, parallel = self.config.model, self.config.parallel
+        parallel = self.config.parallel
         if not parallel.sequence_parallel:
             return
         tp = parallel.tensor_model_parallel_size
@@ -113,11 +109,11 @@ class Evaluator:
                 f"sequences of {length} tokens do not divide over {tp} ranks: set "
                 "parallel.sequence_parallel=false"
             )
-        if model.is_mamba and length // tp < model.conv_kernel - 1:
+        reach = architecture_of(self.config).pre_conv_reach
+        if length // tp < reach:
             raise UserError(
                 f"sequences of {length} tokens leave {length // tp} a rank, fewer than the "
-                f"{model.conv_kernel - 1} that the pre-conv looks back: set "
-                "parallel.sequence_parallel=false"
+                f"{reach} that the pre-conv looks back: set parallel.sequence_parallel=false"
             )
 
     def _whole(self, logits: Tensor) -> Tensor:
@@ -293,7 +289,7 @@ def official_config(folder: Path, overrides: list[str]) -> Config:
     official = read_hf_config(folder / "config.json")
     tree = read_evaluation(folder)
     tree["training"] = {**_untrained(official), **tree.get("training", {})}
-    tree["model"] = dataclasses.asdict(model_from_hf_config(official))
+    tree |= architecture_from_hf_config(official).to_tree()
     files = (folder / "tokenizer.model", folder / "tokenizer.json")
     if there := [str(path) for path in files if path.exists()]:
         tree["data"] = {**tree.get("data", {}), "tokenizer_model": there[0]}

@@ -10,15 +10,16 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.layers.parameters import initialise
-from megatron_ttt.mixers.ttt.scan import INNER_MODELS, ScanProblem, unsupported_reason
+from megatron_ttt.mixers.inner_loop import InnerLoop
 from megatron_ttt.platform import Platform
 from megatron_ttt.specs import block_submodules
-from megatron_ttt.stack import EMBEDDING, model_parameters
+from megatron_ttt.stack import EMBEDDING, HEAD, Architecture, architecture_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,21 +33,21 @@ def make_transformer_config(
     """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = dtype or DTYPES[training.precision]
-    if model.is_ttt:
-        scan = ScanProblem(
-            model=INNER_MODELS[model.layer.removeprefix("ttt_")],
-            head_dim=model.head_dim,
-            mini_batch_size=model.mini_batch_size,
+    architecture, from_mixers = architecture_of(config), {}
+    for layer in architecture.kinds.values():
+        reason = layer.mixer.unsupported_reason(
+            architecture.dims,
+            layer.options,
+            backend=training.scan_backend,
             dtype=dtype,
-            state_dtype=torch.promote_types(dtype, torch.float32),
             device=platform.device.type,
         )
-        reason = unsupported_reason(training.scan_backend, scan)
         if reason is not None:
             raise UserError(
                 f"training.scan_backend={training.scan_backend} cannot run here: {reason}; set "
                 "training.scan_backend=auto"
             )
+        from_mixers |= layer.mixer.transformer_config_fields(architecture.dims, layer.options)
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fields = {
         "num_layers": model.num_layers,
@@ -80,7 +81,7 @@ def make_transformer_config(
         "recompute_num_layers": 1 if training.recompute else None,
         "deterministic_mode": training.deterministic,
     }
-    return TransformerConfig(**{**fields, **platform.core_overrides})
+    return TransformerConfig(**{**fields, **from_mixers, **platform.core_overrides})
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -94,11 +95,15 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose loss and logits know which vocabulary entries are padding."""
+    """GPTModel whose loss and logits know which vocabulary entries are padding.
 
-    def __init__(self, config, model: ModelConfig, *args, **kwargs):
+    is_hybrid: whether the model has layers of several kinds, here or on other ranks.
+    """
+
+    def __init__(self, config, architecture: Architecture, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.real_vocab_size = model.vocab_size
+        self.real_vocab_size = architecture.model.vocab_size
+        self.is_hybrid = architecture.is_hybrid
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V / TP] -> per-token cross-entropy [B, S], float32.
@@ -121,22 +126,24 @@ def build_chunk(config: Config, core: TransformerConfig, vp_stage: int | None) -
 
     Its weights are not yet set: `initialise_weights`, or load a checkpoint.
     """
-    model = config.model
+    model, architecture = config.model, architecture_of(config)
     stage = {} if vp_stage is None else {"vp_stage": vp_stage, "ignore_virtual": False}
+    first = get_transformer_layer_offset(core, vp_stage=vp_stage)
+    own = slice(first, first + get_num_layers_to_build(core, vp_stage=vp_stage))
+    bases = [layer.mixer.rotary_base(layer.options) for layer in architecture.kinds.values()]
+    rotary_base = next(filter(None, bases), None)
     chunk = LanguageModel(
         core,
-        model,
-        block_submodules(
-            model, get_num_layers_to_build(core, vp_stage=vp_stage), config.training.scan_backend
-        ),
+        architecture,
+        block_submodules(architecture.layers[own], config.training.scan_backend),
         padded_vocab_size(model),
         config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="none" if model.is_ttt else "rope",
-        rotary_base=model.rope_theta,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope" if rotary_base else "none",
+        **({"rotary_base": rotary_base} if rotary_base else {}),
         vp_stage=vp_stage,
     )
     return chunk.to(torch.device("cpu") if core.use_cpu_initialization else "cuda")
@@ -155,7 +162,7 @@ def global_parameters(chunk: LanguageModel) -> Iterator[tuple[str, nn.Parameter]
     name.
     """
     for name, parameter in chunk.named_parameters():
-        if name == "output_layer.weight":
+        if name == HEAD and chunk.share_embeddings_and_output_weights:
             name = EMBEDDING
         if name.startswith("decoder.layers."):
             head, tail = name.removeprefix("decoder.layers.").split(".", 1)
@@ -164,17 +171,17 @@ def global_parameters(chunk: LanguageModel) -> Iterator[tuple[str, nn.Parameter]
         yield name, parameter
 
 
-def initialise_weights(chunk: LanguageModel, model: ModelConfig, seed: int) -> None:
+def initialise_weights(chunk: LanguageModel, architecture: Architecture, seed: int) -> None:
     """Set every weight as the paper's recipe does, the same at every layout and on every device."""
-    table = model_parameters(model)
+    table = architecture.parameters()
     for name, parameter in global_parameters(chunk):
         row = table[name]
         initialise(parameter, name, row.shape, row.initialiser, seed)
 
 
 def set_inner_lr_scale(chunks: list[nn.Module], scale: float) -> None:
-    """Multiply every TTT layer's inner learning rate: the warm-up's factor; 1 in evaluation."""
+    """Multiply every inner learning rate: the warm-up's factor; 1 in evaluation."""
     for chunk in chunks:
         for module in chunk.modules():
-            if hasattr(module, "inner_lr_scale"):
+            if isinstance(module, InnerLoop):
                 module.inner_lr_scale = scale

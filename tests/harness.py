@@ -45,12 +45,11 @@ def write_official(folder: Path, config: dict, parameters: dict[str, torch.Tenso
     return folder
 
 
-def model_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's model section for an official config."""
-    from megatron_ttt.config import to_dict
-    from megatron_ttt.hf.configuration import model_from_hf_config
+def model_sections(config: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's sections `model` and `mixers` for an official config."""
+    from megatron_ttt.hf.configuration import architecture_from_hf_config
 
-    return to_dict(model_from_hf_config(config))
+    return architecture_from_hf_config(config).to_tree()
 
 
 def random_official(

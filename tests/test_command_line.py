@@ -120,7 +120,7 @@ def test_evaluation_repeats_the_validation_loss(whole_run):
     command = [sys.executable, "tools/evaluate.py", "--checkpoint", whole_run / "checkpoint-6"]
     loss = json.loads(run(command).splitlines()[-1])["loss"]
     assert loss == pytest.approx(records(whole_run)[-1]["val_loss"], abs=1e-6)
-    no_inner = json.loads(run([*command, "model.ttt_base_lr=0"]).splitlines()[-1])["loss"]
+    no_inner = json.loads(run([*command, "mixers.ttt_linear.base_lr=0"]).splitlines()[-1])["loss"]
     assert no_inner != loss
 
 

@@ -1,5 +1,7 @@
 """Recipes, overrides, and what is refused: one line that says what would do."""
 
+import ast
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -8,9 +10,19 @@ import pytest
 import yaml
 from harness import ROOT, run
 
-from megatron_ttt.config import check_layout, load_config, to_dict
+from megatron_ttt.config import (
+    ModelConfig,
+    check_layout,
+    config_from_tree,
+    load_config,
+    to_dict,
+)
 from megatron_ttt.errors import UserError
+from megatron_ttt.mixers import MIXERS
 from megatron_ttt.planning import count_parameters, dry_run
+from megatron_ttt.stack import architecture_of
+
+SWITCHES = ("use_gate", "share_qk", "pre_conv")
 
 RECIPES = ROOT / "yaml_recipes"
 PARAMETERS = {  # millions, of the paper's models: docs/mathematics.md, recipes
@@ -34,23 +46,29 @@ def test_recipes_are_the_papers(layer, size):
     assert config.optimizer.decay_all
     assert (config.checkpoint.save_every, config.checkpoint.milestone_every) == (1000, 2000)
     if layer == "transformer":
-        assert config.model.layer == "attention"
+        assert config.model.pattern == ["attention"]
     else:
-        assert config.model.ttt_base_lr == (1.0 if layer == "ttt_linear" else 0.1)
+        assert config.mixers[layer].base_lr == (1.0 if layer == "ttt_linear" else 0.1)
 
 
 def test_parameter_count_is_the_built_models(cpu_platform):
     from megatron_ttt.model import build_chunk, make_transformer_config
 
-    for layer in ("ttt_linear", "ttt_mlp", "attention"):
-        for backbone in ("mamba", "transformer"):
-            overrides = [f"model.layer={layer}", f"model.backbone={backbone}"]
-            config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
-            chunk = build_chunk(config, make_transformer_config(config, cpu_platform), None)
-            counts = count_parameters(config.model)
-            assert sum(p.numel() for p in chunk.parameters()) == counts["total"]
-            fp32 = sum(p.numel() for p in chunk.parameters() if getattr(p, "keep_fp32", False))
-            assert fp32 == config.model.num_layers * counts["fp32"]
+    no_switches = [f"mixers.ttt_linear.{name}=false" for name in SWITCHES]
+    for overrides in (
+        ["model.pattern=[ttt_linear]"],
+        ["model.pattern=[ttt_linear]", *no_switches],
+        ["model.pattern=[ttt_mlp]"],
+        ["model.pattern=[attention]", "model.tie_word_embeddings=false"],
+        ["model.pattern=[attention]", "mixers.attention.num_kv_heads=2"],
+        ["model.pattern=[ttt_mlp, attention]"],
+    ):
+        config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
+        chunk = build_chunk(config, make_transformer_config(config, cpu_platform), None)
+        counts = count_parameters(architecture_of(config))
+        assert sum(p.numel() for p in chunk.parameters()) == counts["total"], overrides
+        fp32 = sum(p.numel() for p in chunk.parameters() if getattr(p, "keep_fp32", False))
+        assert fp32 == counts["fp32"]
 
 
 def test_print_config_is_a_recipe_for_the_same(tmp_path):
@@ -87,6 +105,13 @@ REFUSED = [
     ("modle.hidden_size=3", "modle"),
     ("training.steps=many", "training.steps"),
     ("model.layer=ttt", "ttt_linear"),
+    ("model.pattern=ttt", "model.mixer_modules"),
+    ("model.pattern=[]", "model.pattern"),
+    ("model.pattern=[ttt_linear,ttt_mlp,attention]", "model.num_layers=2"),
+    ("model.mixer_modules=no.such.module", "no.such.module"),
+    ("model.backbone=mambo", "model.backbone"),
+    ("mixers.attention.widow=3", "num_kv_heads"),
+    ("mixers.ttt_linear.mini_batch_size=0", "mixers.ttt_linear.mini_batch_size"),
     ("training.precision=fp16", "bf16"),
     ("training.steps=0", "training.steps"),
     ("training.steps", "key.path=value"),
@@ -99,7 +124,7 @@ REFUSED = [
     ("data.train=[[a]]", "data.train"),
     ("data.train.a=x", "data.train"),
     ("run.dir=${oops}", "oops"),
-    ("model.conv_kernel=1", "model.conv_kernel"),
+    ("model.conv_kernel=1", "mixers.ttt_linear.conv_kernel"),
     ("optimizer.beta2=1.5", "optimizer.beta2"),
     ("optimizer.lr=.nan", "optimizer.lr"),
     ("run.seed=-1", "run.seed"),
@@ -107,7 +132,7 @@ REFUSED = [
     ("data.num_workers=-1", "data.num_workers"),
     ("model.init_std=-1", "model.init_std"),
     ("model.hidden_size=36", "head_dim 9"),
-    ("model.rope_theta=0", "model.rope_theta"),
+    ("model.rope_theta=0", "mixers.ttt_linear.rope_theta"),
     ("optimizer.lr=.inf", "optimizer.lr"),
     ("run.timeout_minutes=.nan", "run.timeout_minutes"),
     ("training.exit_after_minutes=.nan", "training.exit_after_minutes"),
@@ -157,6 +182,14 @@ IMPOSSIBLE = [
     (["parallel.virtual_pipeline_model_parallel_size=2"], 1, "virtual"),
     (
         [
+            *("model.pattern=attention", "mixers.attention.num_kv_heads=1"),
+            "parallel.tensor_model_parallel_size=2",
+        ],
+        2,
+        "num_kv_heads=1",
+    ),
+    (
+        [
             "parallel.tensor_model_parallel_size=2",
             "parallel.sequence_parallel=true",
             "training.seq_length=127",
@@ -175,12 +208,65 @@ def test_refuses_impossible_layouts(overrides, world_size, named):
     assert "\n" not in str(refusal.value)
 
 
-def test_every_field_is_documented():
-    import ast
+FORMER = [
+    ("model.layer=ttt_mlp", "model.pattern=[ttt_mlp]"),
+    (
+        "model.backbone=transformer",
+        "mixers.ttt_linear.use_gate=false mixers.ttt_linear.share_qk=false "
+        "mixers.ttt_linear.pre_conv=false",
+    ),
+    ("model.mini_batch_size=32", "mixers.ttt_linear.mini_batch_size=32"),
+    ("model.ttt_base_lr=0.5", "mixers.ttt_linear.base_lr=0.5"),
+    ("model.conv_kernel=3", "mixers.ttt_linear.conv_kernel=3"),
+    ("model.rope_theta=100.0", "mixers.ttt_linear.rope_theta=100.0"),
+]
 
-    tree = ast.parse(Path(ROOT / "megatron_ttt/config.py").read_text())
-    for node in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"]:
+
+@pytest.mark.parametrize("former,current", FORMER)
+def test_former_keys_are_what_they_are_now(former, current, tmp_path, capsys):
+    recipe = RECIPES / "debug_cpu.yaml"
+    expected = load_config([recipe], current.split())
+    assert capsys.readouterr().err == ""
+    assert load_config([recipe], [former]) == expected
+    said = capsys.readouterr().err
+    key, _, value = former.partition("=")
+    assert said.startswith(f"{former}: {key} is now ") and said.count("\n") == 1
+    for override in current.split():
+        assert override.split(".")[-1].split("=")[0] in said
+    # In a recipe, too, which later ones lie over.
+    old = tmp_path / "old.yaml"
+    old.write_text(f"model: {{{key.removeprefix('model.')}: {value}}}")
+    assert load_config([recipe, old]) == expected
+    assert str(old) in capsys.readouterr().err
+    assert load_config([old, recipe], current.split()) == expected
+
+
+def test_a_former_tree_of_a_checkpoint_is_read_silently(capsys):
+    current = to_dict(load_config([RECIPES / "debug_cpu.yaml"]))
+    former = {**current, "model": {**current["model"], "layer": "ttt_linear", "ttt_base_lr": 0.5}}
+    del former["mixers"], former["model"]["pattern"], former["model"]["tie_word_embeddings"]
+    config = config_from_tree(former, "a checkpoint")
+    assert config.mixers["ttt_linear"].base_lr == 0.5 and config.model.pattern == ["ttt_linear"]
+    assert capsys.readouterr().err == ""
+
+
+def test_only_mixers_of_the_pattern_have_options():
+    overrides = ["model.pattern=ttt_linear attention", "mixers.attention.window=8"]
+    config = load_config([RECIPES / "debug_cpu.yaml"], overrides)
+    assert list(config.mixers) == ["ttt_linear", "attention"]
+    assert config.mixers["attention"].window == 8
+    assert list(to_dict(config)["mixers"]) == ["ttt_linear", "attention"]
+
+
+def documented(path: str) -> None:
+    for node in [n for n in ast.parse(Path(path).read_text()).body if isinstance(n, ast.ClassDef)]:
         for field, after in zip(node.body, [*node.body[1:], None]):
-            if isinstance(field, ast.AnnAssign):
-                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                assert documented, f"{node.name}.{field.target.id}"
+            if isinstance(field, ast.AnnAssign) and node.name != "Config":
+                described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert described, f"{node.name}.{field.target.id}"
+
+
+def test_every_field_is_documented():
+    documented(inspect.getsourcefile(ModelConfig))
+    for mixer in MIXERS.values():
+        documented(inspect.getsourcefile(mixer.Options))

@@ -145,11 +145,17 @@ def test_a_group_of_messages_is_followed_by_a_cure():
 
 def test_the_reference_has_every_key():
     from megatron_ttt.config import Config
+    from megatron_ttt.mixers import MIXERS
 
     page = build_docs.configuration_page()
-    for section in dataclasses.fields(Config):
-        part = page.split(f"\n## {section.name}\n")[1].split("\n## ")[0]
-        for key in dataclasses.fields(section.default_factory):
+    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    del sections["mixers"]
+    for name, declared in {
+        **sections,
+        **{f"mixers.{n}": m.Options for n, m in MIXERS.items()},
+    }.items():
+        part = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for key in dataclasses.fields(declared):
             assert re.search(rf"^\| `{key.name}` \| .+ \| .+ \| .+ \|$", part, re.MULTILINE), key
 
 

@@ -200,7 +200,7 @@ def test_a_trial_is_as_much_of_the_recipe_as_the_cpu_takes():
         "256 of 2,048 tokens (on the CPU)",
         "2 of 256 sequences a step",
     ]
-    kept = "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size", "layer"
+    kept = "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size", "pattern"
     for name in kept:
         assert getattr(trial.model, name) == getattr(config.model, name)
     assert trial.training.precision == "bf16" and trial.parallel == config.parallel

@@ -109,22 +109,25 @@ def test_masked_loss_is_averaged_by_sequence_first():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
-def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, backbone, fused):
+@pytest.mark.parametrize("switches", ["true", "false"])
+def test_every_module_with_parameters_is_called(cpu_platform, monkeypatch, switches, fused):
     """DDP waits in front of these calls for weights that are still on their way."""
     from megatron_ttt.config import load_config
     from megatron_ttt.layers import conv, norm
     from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
     from megatron_ttt.ops.triton import layernorm_gate, rmsnorm_conv
+    from megatron_ttt.stack import architecture_of
 
     if fused:
         monkeypatch.setattr(conv, "can_use_fused_kernels", lambda x: True)
         monkeypatch.setattr(norm, "can_use_fused_kernels", lambda x: True)
         monkeypatch.setattr(rmsnorm_conv, "rmsnorm_conv", lambda h, *weights: h)
         monkeypatch.setattr(layernorm_gate, "layernorm_gate", lambda x, *others: x)
-    config = load_config(["yaml_recipes/debug_cpu.yaml"], [f"model.backbone={backbone}"])
+    names = ("use_gate", "share_qk", "pre_conv")
+    options = [f"mixers.ttt_linear.{name}={switches}" for name in names]
+    config = load_config(["yaml_recipes/debug_cpu.yaml"], options)
     (chunk,) = build_chunks(config, make_transformer_config(config, cpu_platform))
-    initialise_weights(chunk, config.model, seed=0)
+    initialise_weights(chunk, architecture_of(config), seed=0)
     called = set()
     for name, module in chunk.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))

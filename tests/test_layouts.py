@@ -11,7 +11,7 @@ from harness import (
     LAYOUTS,
     Job,
     further,
-    model_section,
+    model_sections,
     one_here,
     random_official,
     relative,
@@ -34,12 +34,12 @@ MOVED = ["tp2pp2", "tp4", "tp2sp_dp2"]
 PADDED = ["tp2", "tp2sp", "tp4", "tp2pp2"]
 
 
-def recipe_of(job, model, checkpoint) -> dict:
+def recipe_of(job, sections, checkpoint) -> dict:
     tokens = job.folder / "tokens.npy"
     random = np.random.default_rng(1)
     np.save(tokens, random.integers(0, 96, (10, 4, 65)))
     return {
-        "model": model,
+        **sections,
         "optimizer": {"lr": 3e-3},
         "training": {
             "steps": 10,
@@ -60,12 +60,12 @@ def job(tmp_path_factory):
     for (kind, backbone), name in zip(MODELS, NAMES):
         config, parameters = random_official(kind, backbone)
         checkpoint = job.import_official(name, config, parameters)
-        recipe = recipe_of(job, model_section(config), str(checkpoint))
+        recipe = recipe_of(job, model_sections(config), str(checkpoint))
         for layout in HERE:
             job.train(f"{name}-{layout}", layout, recipe, gradients=True)
     config, parameters = random_official("linear", "mamba", vocab=97)
     checkpoint = job.import_official("padded", config, parameters)
-    recipe = recipe_of(job, model_section(config), str(checkpoint))
+    recipe = recipe_of(job, model_sections(config), str(checkpoint))
     for layout in ["one", *PADDED]:
         job.train(f"padded-{layout}", layout, recipe, gradients=True)
     job.train("padded-recompute", "tp2sp", recipe, ["training.recompute=true"], gradients=True)
@@ -75,9 +75,9 @@ def job(tmp_path_factory):
         source = f"checkpoint.load={job.folder}/source/checkpoint-5"
         job.train(f"moved-{layout}", layout, recipe, [source], after="source")
     # Initial weights: the first step's learning rate is zero, so step 1 leaves them as they are.
-    model = model_section(random_official("mlp", "mamba", vocab=97)[0])
+    sections = model_sections(random_official("mlp", "mamba", vocab=97)[0])
     for layout in INITIAL:
-        fresh = recipe_of(job, model, "none")
+        fresh = recipe_of(job, sections, "none")
         job.train(f"initial-{layout}", layout, fresh, ["training.exit_step=1"])
     return job
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ttt.config import ModelConfig, check_layout, load_config
 from megatron_ttt.errors import UserError
+from megatron_ttt.mixers import MIXERS
 from megatron_ttt.mixers.ttt.reference import reference_scan
 from megatron_ttt.mixers.ttt.scan import INNER_MODELS
 from megatron_ttt.planning import dry_run, memory_per_rank
@@ -23,6 +24,7 @@ from megatron_ttt.planning.cost import (
     peak_flops,
 )
 from megatron_ttt.planning.layouts import rank_layouts, step_seconds
+from megatron_ttt.stack import Architecture
 
 RECIPES = ROOT / "yaml_recipes"
 # The 125m recipes with fewer layers, half the vocabulary and one short sequence. In bf16 much less:
@@ -84,7 +86,7 @@ SENT += [("ttt_linear", "pp2"), ("ttt_linear", "dp2")]
 def test_bytes_sent_are_those_a_rank_sends(layer, layout, tmp_path):
     overrides = [
         *LAYOUTS[layout],
-        *(f"model.layer={layer}", "model.num_layers=4", "model.vocab_size=512"),
+        *(f"model.pattern={layer}", "model.num_layers=4", "model.vocab_size=512"),
         *("training.global_batch_size=8", "training.micro_batch_size=2"),
         *("data.train=[]", "data.validation=[]", "data.tokenizer_model=null"),
         *(f"data.fixed_batches={ids(tmp_path)}", f"run.dir={tmp_path}/run"),
@@ -170,8 +172,11 @@ def test_flops_of_the_scan_are_those_of_the_naive_form(layer):
     with FlopCounterMode(display=False) as counter:
         reference_scan(inner_model, *tokens, *gates, state)
     plain = {"vocab_size": 0, "ffn_hidden_size": 0, "num_layers": 1}
-    model = ModelConfig(layer=layer, hidden_size=H * F, num_heads=H, mini_batch_size=K, **plain)
-    counted = forward_flops_per_token(model, N * K) - 8 * (H * F) ** 2  # the projections
+    model = ModelConfig(pattern=[layer], hidden_size=H * F, num_heads=H, **plain)
+    mixers = {layer: MIXERS[layer].Options(mini_batch_size=K)}
+    counted = (
+        forward_flops_per_token(Architecture(model, mixers), N * K) - 8 * (H * F) ** 2
+    )  # the projections
     assert counter.get_total_flops() == N * K * counted
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from harness import Job, further, model_section, one_here, random_official, relative, section
+from harness import Job, further, model_sections, one_here, random_official, relative, section
 
 MATRIX = ["one", "tp2pp2", "dp2", "tp2", "pp2", "dp3", "dp4"]
 RING = list(pairwise([*MATRIX, MATRIX[0]]))
@@ -31,7 +31,7 @@ def job(tmp_path_factory):
     checkpoint = job.import_official("initial", config, parameters)
     for precision in LOSSES:
         recipe = {
-            "model": model_section(config),
+            **model_sections(config),
             "optimizer": {"lr": 3e-3},
             "training": {
                 "steps": STEPS,

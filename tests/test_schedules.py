@@ -13,7 +13,7 @@ def test_rates_are_the_jax_trainers(kind):
     _, golden = read_golden(f"trajectory_{kind}_mamba")
     config = load_config(
         [ROOT / "yaml_recipes/debug_cpu.yaml"],
-        [f"model.layer=ttt_{kind}", "training.steps=40", "optimizer.warmup_fraction=0.2"],
+        [f"model.pattern=ttt_{kind}", "training.steps=40", "optimizer.warmup_fraction=0.2"],
     )
     steps = range(1, 41)
     config.optimizer.min_lr = 1e-5

@@ -5,6 +5,8 @@ import torch
 from small_run import STEPS, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
+SWITCHES = ("use_gate", "share_qk", "pre_conv")
+
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor for which the host waits."""
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
@@ -49,15 +51,19 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "layer,backbone",
-    [("ttt_linear", "mamba"), ("ttt_mlp", "transformer"), ("attention", "transformer")],
+    "options",
+    [
+        ["model.pattern=ttt_linear"],
+        ["model.pattern=ttt_mlp", *(f"mixers.ttt_mlp.{name}=false" for name in SWITCHES)],
+        ["model.pattern=attention"],
+    ],
+    ids=["linear", "mlp", "attention"],
 )
-def test_a_step_reads_once(build_trainer, tmp_path, monkeypatch, layer, backbone, precision):
+def test_a_step_reads_once(build_trainer, tmp_path, monkeypatch, options, precision):
     trainer = build_trainer(
         *small_recipe(tmp_path),
         f"run.dir={tmp_path}/run",
-        f"model.layer={layer}",
-        f"model.backbone={backbone}",
+        *options,
         f"training.precision={precision}",
     )
     first, second, *_ = trainer.data.train_batches(0, STEPS)

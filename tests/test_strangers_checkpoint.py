@@ -153,7 +153,7 @@ def test_its_configuration_is_plain_data(honest, commands, tmp_path, monkeypatch
     shutil.copytree(honest / "run/checkpoint-1", folder)
     state = json.loads((folder / "state.json").read_text())
     state["config"]["data"] |= {"train": ["${oc.env:SECRET}"], "fixed_batches": "${oc.env:SECRET}"}
-    state["config"]["model"]["rope_theta"] = 500.0
+    state["config"]["mixers"]["ttt_linear"]["rope_theta"] = 500.0
     (folder / "state.json").write_text(json.dumps(state))
     sign(folder)
     assert commands["export"](folder) == 0
@@ -161,10 +161,14 @@ def test_its_configuration_is_plain_data(honest, commands, tmp_path, monkeypatch
         assert b"my-password" not in file.read_bytes(), file
     assert "${oc.env:SECRET}" in (tmp_path / "hf/README.md").read_text()
     # Where a number belongs, it is refused instead.
-    state["config"]["model"]["rope_theta"] = "${oc.env:SECRET}"
+    state["config"]["mixers"]["ttt_linear"]["rope_theta"] = "${oc.env:SECRET}"
     (folder / "state.json").write_text(json.dumps(state))
     sign(folder)
     shutil.rmtree(tmp_path / "hf")
     assert commands["export"](folder) == 2
     said = capsys.readouterr().err
-    assert "model.rope_theta" in said and "my-password" not in said and said.count("\n") == 1
+    assert (
+        "mixers.ttt_linear.rope_theta" in said
+        and "my-password" not in said
+        and said.count("\n") == 1
+    )

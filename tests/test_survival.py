@@ -121,12 +121,19 @@ def test_a_run_goes_back_once_and_then_goes_on(recipe, whole, tmp_path):
 
 def test_a_checkpoint_of_another_function_is_warned_of(whole):
     checkpoint = find_newest(list_checkpoints(whole))
-    model = checkpoint.config["model"]
     said = []
-    check_architecture(checkpoint, {**model, "rope_theta": 5e5, "init_std": 1.0}, said.append)
-    assert len(said) == 1 and "model.rope_theta=10000.0, not 500000.0" in said[0]
-    with pytest.raises(UserError, match="num_layers"):
-        check_architecture(checkpoint, {**model, "num_layers": 3}, said.append)
+
+    def check(*overrides: str) -> None:
+        config = config_with_defaults(checkpoint.config, checkpoint.path, overrides)
+        check_architecture(checkpoint, architecture_of(config), said.append)
+
+    check("mixers.ttt_linear.rope_theta=5e5", "model.init_std=1.0")
+    assert len(said) == 1 and "mixers.ttt_linear.rope_theta=10000.0, not 500000.0" in said[0]
+    for key, value in (("model.num_layers", "4"), ("mixers.ttt_linear.use_gate", "False")):
+        with pytest.raises(UserError, match=rf"{key}=\w+ there, {value} here"):
+            check(f"{key}={value}")
+    with pytest.raises(UserError, match=r"model.pattern=\['ttt_linear'\] there, \['attention'\]"):
+        check("model.pattern=[attention]")
 
 
 def test_saves_in_the_background(recipe, whole, tmp_path):
@@ -178,7 +185,7 @@ def test_the_checkpoint_tool(whole, tmp_path):
     assert [line.split(":")[0] for line in listed] == [f"checkpoint-{n}" for n in (3, 6, 8)]
     assert all("TP 1 x PP 1 x DP 1, not validated" in line for line in listed)
     inspected = run([*tool, "inspect", run_dir / "checkpoint-6"])
-    assert "step: 6 of 8" in inspected and "layer=ttt_linear" in inspected
+    assert "step: 6 of 8" in inspected and "pattern=['ttt_linear']" in inspected
     assert "(float32)" in inspected
     assert run([*tool, "verify", run_dir]).count(": good") == 3
     state = run_dir / "checkpoint-8/state.json"

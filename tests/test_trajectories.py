@@ -8,7 +8,7 @@ In bf16 the curve is followed within 1%, and the two halves give the whole run's
 import numpy as np
 import pytest
 import torch
-from harness import Job, further, model_section, read_golden, relative, section
+from harness import Job, further, model_sections, read_golden, relative, section
 
 KINDS = ["linear", "mlp"]
 LAYOUTS = ["one", "tp2", "tp2sp", "pp2", "dp2"]
@@ -31,7 +31,7 @@ def job(tmp_path_factory):
         np.save(tokens, golden["tokens"].numpy())
         for _, layout, precision in [case for case in ALL_CASES if case[0] == kind]:
             recipe = {
-                "model": model_section(config),
+                **model_sections(config),
                 "optimizer": {"lr": 3e-3, "warmup_fraction": 8 / 40},
                 "training": {
                     "steps": 40,

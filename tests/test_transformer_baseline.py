@@ -40,7 +40,7 @@ def test_is_llama(cpu_platform):
 
     config = load_config(
         [ROOT / "yaml_recipes/debug_cpu.yaml"],
-        ["model.layer=attention", "model.vocab_size=96", "model.num_layers=3"],
+        ["model.pattern=attention", "model.vocab_size=96", "model.num_layers=3"],
     )
     model = config.model
     ours = build_chunk(config, make_transformer_config(config, cpu_platform, torch.float64), None)

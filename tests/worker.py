@@ -86,9 +86,12 @@ def statistics_case(case: dict) -> None:
     seen = observe_inner_loop(evaluator.chunks, lambda: evaluator.logits(ids.chunk(ranks)[rank]))
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, seen)
-    assert all(torch.equal(a, b) for other in everyone for a, b in zip(seen, other))
+    for other in everyone:
+        assert all(torch.equal(a, b) for n, of in seen.items() for a, b in zip(of, other[n]))
     if dist.get_rank() == 0:
-        write_tensors(case, seen._asdict())
+        fields = next(iter(seen.values()))._fields
+        stacked = {f: torch.stack([getattr(of, f) for of in seen.values()]) for f in fields}
+        write_tensors(case, stacked)
 
 
 def train_case(case: dict) -> None:
@@ -194,6 +197,7 @@ def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> Non
 
     from megatron_ttt.hf.mapping import gather_hf
     from megatron_ttt.model import global_parameters
+    from megatron_ttt.stack import architecture_of
 
     group = parallel_state.get_tensor_model_parallel_group()
     for chunk in trainer.chunks:
@@ -204,7 +208,7 @@ def collect(trainer, kind: str, tensor_of, tensors: dict, problems: list) -> Non
                 dist.all_gather(copies, local.contiguous(), group=group)
                 if not all(torch.equal(copy, local) for copy in copies):
                     problems.append(f"{kind} {name} differs between TP ranks")
-    official = gather_hf(trainer.chunks, trainer.config.model, tensor_of)
+    official = gather_hf(trainer.chunks, architecture_of(trainer.config), tensor_of)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, official)
     for other in everyone:

@@ -4,7 +4,7 @@
     python tools/build_docs.py
 
 lists the error messages that docs/troubleshooting.md lacks, and those it has that the program no
-longer prints. As a hook of mkdocs.yml this file makes the configuration reference from config.py,
+longer prints. As a hook of mkdocs.yml this file makes the configuration reference from the code,
 turns the formulas of docs/mathematics.md into MathML, which browsers show by themselves, and
 unlinks what is not among the pages.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -71,21 +72,33 @@ def _mathml(formula: str, display: str) -> str:
 
 def configuration_page() -> str:
     """The configuration reference, made from the fields' types, defaults and docstrings."""
-    tree = ast.parse((ROOT / "megatron_ttt/config.py").read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    from megatron_ttt.config import tree
+    from megatron_ttt.mixers import MIXERS
+
+    classes = classes_of(tree)
+    sections = {
+        section: classes[name] for section, _, name in fields(classes["Config"]) if name != "Any"
+    }
+    for name, mixer in MIXERS.items():
+        options = classes_of(sys.modules[mixer.Options.__module__])
+        sections[f"mixers.{name}"] = options[mixer.Options.__name__]
     parts = [INTRODUCTION]
-    for section, _, name in fields(classes["Config"]):
-        description = ast.get_docstring(classes[name])
+    for section, node in sections.items():
         rows = [
             f"| `{key}` | {kind} | {default} | {meaning} |"
-            for key, default, kind, meaning in documented_fields(classes[name])
+            for key, default, kind, meaning in documented_fields(node)
         ]
         parts.append(
-            f"## {section}\n\n{description}\n\n| key | type | default | |\n|---|---|---|---|\n"
-            + "\n".join(rows)
-            + "\n"
+            f"## {section}\n\n{ast.get_docstring(node)}\n\n"
+            "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
         )
     return "\n".join(parts)
+
+
+def classes_of(module) -> dict[str, ast.ClassDef]:
+    """The classes of a module's source by their names."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def fields(node: ast.ClassDef) -> list[tuple[str, ast.expr | None, str]]:
@@ -106,7 +119,9 @@ def documented_fields(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
     ]
     rows = []
     for (key, default, kind), meaning in zip(fields(node), meanings):
-        if "default_factory" in ast.unparse(default):
+        if "DEFAULT_PATTERN" in ast.unparse(default):
+            shown = "`[ttt_linear]`"
+        elif "default_factory" in ast.unparse(default):
             shown = "`[]`"
         elif isinstance(default, ast.Name):
             shown = "must be set"

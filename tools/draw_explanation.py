@@ -52,7 +52,7 @@ def train(layer: str, steps: int) -> None:
     if (RUNS / layer / f"checkpoint-{steps}").exists():
         return
     python(
-        *("pretrain_ttt.py", "--config", RECIPE, f"model.layer={layer}"),
+        *("pretrain_ttt.py", "--config", RECIPE, f"model.pattern={layer}"),
         *(f"run.dir={RUNS / layer}", f"training.steps={steps}", "checkpoint.export_final=false"),
         *("parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"),
         *("training.micro_batch_size=4", "training.global_batch_size=4"),
@@ -98,7 +98,7 @@ def inner_losses(checkpoint: Path) -> dict[str, list[list[float]]]:
 
     seen = observe_inner_loop(evaluator.chunks, read)
     return {
-        name: [[round(loss, 5) for loss in layer] for layer in getattr(seen, name).tolist()]
+        name: [[round(loss, 5) for loss in getattr(of, name).tolist()] for of in seen.values()]
         for name in ("loss_init", "loss_before", "loss_after")
     }
 

@@ -95,10 +95,11 @@ def print_inner_loop(arguments: argparse.Namespace, evaluator, config) -> None:
 
     from megatron_ttt.data.batches import open_data
     from megatron_ttt.evaluation import read_input_ids
+    from megatron_ttt.stack import architecture_of
     from megatron_ttt.training.inner_loop import inner_metrics, inner_table, observe_inner_loop
 
-    if not config.model.is_ttt:
-        raise UserError(f"{arguments.checkpoint} is of model.layer=attention: no inner loop")
+    if not architecture_of(config).has_inner_loop:
+        raise UserError(f"{arguments.checkpoint} has no layer with an inner loop")
     if arguments.input_ids:
         ids = read_input_ids(arguments.input_ids, config.model.vocab_size)
     elif batches := open_data(config, train=False).validation_batches():

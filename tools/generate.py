@@ -139,6 +139,7 @@ class Writer:
         from megatron_ttt import platform as platforms
         from megatron_ttt.checkpoint.run_folder import open_whole_checkpoint
         from megatron_ttt.hf.loading import load_checkpoint, load_directory
+        from megatron_ttt.stack import architecture_of
 
         self.arguments = arguments
         self.device = platforms.start(config.run.device).device
@@ -147,7 +148,7 @@ class Writer:
             network = load_directory(arguments.hf, dtype)
         else:
             whole = open_whole_checkpoint(arguments.checkpoint)
-            network = load_checkpoint(whole, config.model, dtype)
+            network = load_checkpoint(whole, architecture_of(config), dtype)
         self.network = network.to(self.device)
 
     def go_on(self, ids, tokenizer) -> None:

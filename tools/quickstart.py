@@ -91,7 +91,7 @@ def summarise(config: Config, checkpoint: str) -> dict:
     title("The same weights, with the inner learning rate at zero")
     output = python(
         "tools/evaluate.py",
-        *("--checkpoint", checkpoint, "model.ttt_base_lr=0"),
+        *("--checkpoint", checkpoint, "mixers.ttt_linear.base_lr=0"),
         capture=True,
     )
     no_inner = json.loads(output.splitlines()[-1])["loss"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_ttt.checkpoint.manifest import find_damage
 from megatron_ttt.checkpoint.run_folder import (
-    ARCHITECTURE,
     Checkpoint,
     list_checkpoints,
     open_checkpoint,
@@ -52,7 +51,7 @@ def description(path: Path) -> str:
     lines = {
         "path": path,
         "step": _step(checkpoint),
-        "model": ", ".join(f"{key}={model[key]}" for key in ARCHITECTURE),
+        "model": ", ".join(f"{key}={value}" for key, value in model.items() if value),
         "weights": f"{numbers['weights']:,} ({', '.join(sorted(dtypes))})",
         "optimizer": f"{numbers['optimizer']:,} numbers" if state["has_optimizer"] else "none",
         "layout": _layout(state),

@@ -28,26 +28,14 @@ from megatron_ttt.checkpoint.manifest import (
     replace_durably,
     write_manifest,
 )
+from megatron_ttt.config import config_with_defaults, flatten_tree
+from megatron_ttt.config.former_keys import in_current_keys
 from megatron_ttt.errors import UserError
+from megatron_ttt.stack import Architecture, architecture_of
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
 _NAME = re.compile(r"(checkpoint|milestone)-(\d+)$")
-
-ARCHITECTURE = (
-    "layer",
-    "backbone",
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "ffn_hidden_size",
-    "vocab_size",
-    "mini_batch_size",
-    "conv_kernel",
-)
-"""Fields of the model section that a checkpoint and its reader must agree on."""
-FUNCTION = ("norm_eps", "rope_theta", "ttt_base_lr")
-"""Fields that leave the tensors' shapes as they are, but make another model of them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +52,8 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration it was trained with, as a tree of dicts."""
-        return self.state["config"]
+        """The configuration it was trained with, as a tree of dicts with the keys of today."""
+        return in_current_keys(self.state["config"], None)
 
 
 class Listed(NamedTuple):
@@ -150,25 +138,32 @@ def list_checkpoints(run_dir: str | Path) -> list[Listed]:
 
 
 def check_architecture(
-    checkpoint: Checkpoint, model: dict[str, Any], log_line: Callable[[str], None] = print
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    log_line: Callable[[str], None] = print,
 ) -> None:
     """Refuse a checkpoint whose tensors are not this model's; warn of what else differs."""
-    saved = checkpoint.config["model"]
-    of_ttt = ("backbone", "mini_batch_size", "conv_kernel", "ttt_base_lr")
-    ignored = () if model["layer"].startswith("ttt") else of_ttt
-    differing = [
-        f"{key}={saved[key]} there, {model[key]} here"
-        for key in ARCHITECTURE
-        if saved[key] != model[key] and key not in ignored
-    ]
-    if differing:
-        raise UserError(
-            f"{checkpoint.path} is of another architecture: model.{'; model.'.join(differing)}"
-        )
-    for key in FUNCTION:
-        there, here = saved.get(key), model[key]
-        if there not in (None, here) and key not in ignored:
-            log_line(f"Warning: {checkpoint.path} was trained with model.{key}={there}, not {here}")
+    tree = {key: checkpoint.config[key] for key in ("model", "mixers") if key in checkpoint.config}
+    saved = architecture_of(config_with_defaults(tree, checkpoint.path))
+    theirs, ours = saved.parameters(), architecture.parameters()
+    fits = theirs.keys() == ours.keys() and all(
+        row.has_layout_of(theirs[name]) for name, row in ours.items()
+    )
+    there, here = flatten_tree(saved.to_tree()), flatten_tree(architecture.to_tree())
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if not fits:
+        listed = "; ".join(f"{k}={there.get(k)} there, {here.get(k)} here" for k in differing)
+        raise UserError(f"{checkpoint.path} is of another architecture: {listed}")
+    for key in differing:
+        if key not in _INITIAL:
+            log_line(
+                f"Warning: {checkpoint.path} was trained with {key}={there.get(key)}, not "
+                f"{here.get(key)}"
+            )
+
+
+_INITIAL = ("model.init_std", "model.mixer_modules")
+"""Keys that make no other model of trained weights."""
 
 
 def temporary_path(path: Path, token: str) -> Path:

@@ -30,7 +30,7 @@ from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
 from megatron_ttt.platform.compat import mcore_version, reads_checkpoints_of
-from megatron_ttt.stack import EMBEDDING
+from megatron_ttt.stack import EMBEDDING, HEAD
 
 _UNKNOWN_FORMAT = (
     *(CheckpointingException, UnpicklingError, EOFError),
@@ -71,14 +71,14 @@ def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
     their weights alone. The tensors are views of what they are saved from."""
     tree = _model_tree(chunks)
     if optimizer is not None:
-        tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata())
+        tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), metadata=_metadata(chunks))
         tree["rng"] = _rng_object()
         _cut_weights(tree, optimizer)
     apply_factories(tree)
     for entry in nested_values(tree):
         if not isinstance(entry, ShardedTensor):
             continue
-        if entry.key.endswith(EMBEDDING):
+        if entry.key.endswith((EMBEDDING, HEAD)):
             _leave_out_padding(entry, chunks[0].real_vocab_size)
         if entry.data.device.type == "cpu":
             entry.data = _with_own_storage(entry.data)
@@ -137,7 +137,7 @@ def load_checkpoint(
     """Load weights, optimizer and (at the layout that wrote them) random states; collective."""
     tree = _model_tree(chunks)
     tree["optimizer"] = optimizer.sharded_state_dict(
-        dict(tree), is_loading=True, metadata=_metadata()
+        dict(tree), is_loading=True, metadata=_metadata(chunks)
     )
     same_layout = checkpoint.state["layout"] == layout(config)
     if same_layout:
@@ -176,8 +176,10 @@ def _load(tree: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     )
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(chunks: list[nn.Module]) -> dict[str, Any]:
     return {
+        # The layers of a hybrid have tensors of their own; those of one kind are stacked.
+        "non_homogeneous_layers": chunks[0].is_hybrid,
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -187,7 +189,7 @@ def _metadata() -> dict[str, Any]:
 
 def _model_tree(chunks: list[nn.Module]) -> dict[str, Any]:
     return {
-        f"model{index}": chunk.sharded_state_dict(metadata=_metadata())
+        f"model{index}": chunk.sharded_state_dict(metadata=_metadata(chunks))
         for index, chunk in enumerate(chunks)
     }
 
@@ -199,7 +201,7 @@ def _zero_padding(chunks: list[nn.Module]) -> None:
     first = parallel_state.get_tensor_model_parallel_rank()
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if name in (EMBEDDING, "output_layer.weight"):
+            if name in (EMBEDDING, HEAD):
                 parameter[max(0, chunk.real_vocab_size - first * len(parameter)) :] = 0
 
 

@@ -1,7 +1,7 @@
 """Look for what would stop a run, before it starts.
 
     python -m megatron_ttt.doctor
-    python -m megatron_ttt.doctor --config yaml_recipes/ttt_linear_1b.yaml [key.path=value ...]
+    python -m megatron_ttt.doctor --config RECIPE [key.path=value ...]
     python -m megatron_ttt.doctor --nodes HOST HOST ...     # on every one of them at once
     python -m megatron_ttt.doctor --config RECIPE --trial   # ten steps, and a resume of them
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def trial_config(config: Config, processes: int, on_gpu: bool) -> tuple[Config, 
         chunks = parallel.pipeline_model_parallel_size * (
             parallel.virtual_pipeline_model_parallel_size or 1
         )
-        few_layers = -(-FEW_LAYERS // chunks) * chunks
+        together = math.lcm(chunks, len(config.model.pattern))
+        few_layers = -(-FEW_LAYERS // together) * together
         trial.model.num_layers = min(config.model.num_layers, few_layers)
         training.seq_length = min(config.training.seq_length, FEW_TOKENS)
         training.micro_batch_size = 1

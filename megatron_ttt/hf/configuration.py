@@ -1,64 +1,53 @@
-"""The official config.json and our model section, in both directions.
+"""The config.json of a model and our architecture, in both directions.
 
-A TTT model's model_type is "ttt"; the Transformer baseline is a "llama".
+A model all of whose layers are of one mixer has that mixer's own form, such as Llama's, where there
+is one; every other model has ours, with `layer_types` and `mixers` (docs/huggingface.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from megatron_ttt.config import Config, ModelConfig, config_from_tree
+from megatron_ttt.config import ModelConfig
 from megatron_ttt.errors import UserError
+from megatron_ttt.mixers import MIXERS, load_mixers
+from megatron_ttt.mixers.base import HFModel
+from megatron_ttt.stack import Architecture
 
-# The official defaults of what a config.json may leave out.
-_COMMON = {
+_SIZES = {
+    "num_layers": ("num_hidden_layers", int),
+    "hidden_size": ("hidden_size", int),
+    "num_heads": ("num_attention_heads", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "vocab_size": ("vocab_size", int),
+    "norm_eps": ("rms_norm_eps", float),
+    "init_std": ("initializer_range", float),
+}
+"""Fields of the model section, with their keys in config.json and their types."""
+_DEFAULTS = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "vocab_size": 32000,
-}
-_TTT = {
-    **_COMMON,
-    "hidden_size": 2048,
-    "intermediate_size": 5504,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "use_gate": False,
-    "share_qk": False,
-    "ttt_layer_type": "linear",
-    "ttt_base_lr": 1.0,
-    "mini_batch_size": 16,
-    "pre_conv": False,
-    "conv_kernel": 4,
     "tie_word_embeddings": True,
 }
-_LLAMA = {
-    **_COMMON,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
+"""What every form has where config.json leaves it out."""
+_PATTERN_FORM = {
+    "architectures": ["TTTForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_ttt.TTTConfig",
+        "AutoModel": "modeling_ttt.TTTModel",
+        "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
+    },
 }
-# What the baseline has no counterpart for unless it has this value.
-_LLAMA_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "tie_word_embeddings": True,
-}
-_LAYERS = {"linear": "ttt_linear", "mlp": "ttt_mlp"}
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """A config.json. Raises UserError where there is none."""
+    """Return a config.json. Raises UserError where there is none."""
     try:
         official = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -68,130 +57,111 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     return official
 
 
-def model_from_hf_config(official: dict[str, Any]) -> ModelConfig:
-    """The model section of an official config. Raises UserError for what has no counterpart."""
-    kind = official.get("model_type", "ttt")
-    if kind not in ("ttt", "llama"):
-        raise UserError(f"config.json: model_type={kind} is not ttt or llama")
+def architecture_from_hf_config(config: dict[str, Any]) -> Architecture:
+    """Return the architecture of a config.json. Raises UserError for what has no counterpart."""
     # transformers 5 writes a Llama's rope_theta into rope_parameters.
-    rope = official.get("rope_parameters") or {}
-    config = {**(_TTT if kind == "ttt" else _LLAMA), **rope, **official}
+    rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config.json: only rope_type=default is supported, not {rope}")
-    fields = _ttt_fields(config) if kind == "ttt" else _llama_fields(config)
-    numbers = {
-        "num_layers": ("num_hidden_layers", int),
-        "hidden_size": ("hidden_size", int),
-        "num_heads": ("num_attention_heads", int),
-        "ffn_hidden_size": ("intermediate_size", int),
-        "vocab_size": ("vocab_size", int),
-        "rope_theta": ("rope_theta", float),
-        "norm_eps": ("rms_norm_eps", float),
-        "init_std": ("initializer_range", float),
-    }
-    for field, (key, kind) in numbers.items():
-        value = config[key]
+    config = {**rope, **config}
+    modules = config.get("mixer_modules", [])
+    load_mixers(modules if isinstance(modules, list) else [])
+    if "mixers" in config:
+        return _architecture_of_pattern({**_DEFAULTS, **config}, modules)
+    for mixer in MIXERS.values():
+        options = mixer.options_of_hf_model({**_DEFAULTS, **config})
+        if options is not None:
+            defaults = mixer.hf_defaults
+            model = _model({**_DEFAULTS, **defaults, **config}, [mixer.name])
+            return _checked(model, {mixer.name: options})
+    raise UserError(f"config.json: model_type={config.get('model_type')} is not ttt or llama")
+
+
+def _architecture_of_pattern(config: dict[str, Any], modules: list[str]) -> Architecture:
+    """Return the architecture of a config.json with `layer_types` and `mixers`."""
+    kinds, given = config.get("layer_types"), config["mixers"]
+    if not isinstance(kinds, list) or not isinstance(given, dict) or not set(kinds) <= set(given):
+        raise UserError("config.json: layer_types and mixers do not fit each other")
+    if unknown := sorted(set(kinds) - set(MIXERS)):
+        raise UserError(
+            f"config.json: the mixer {unknown[0]} is none of {', '.join(MIXERS)}; install the "
+            "package that has it"
+        )
+    options = {}
+    for name in dict.fromkeys(kinds):
+        known = {field.name for field in dataclasses.fields(MIXERS[name].Options)}
+        if not isinstance(given[name], dict) or not set(given[name]) <= known:
+            raise UserError(f"config.json: mixers.{name} holds other keys than {', '.join(known)}")
+        options[name] = MIXERS[name].Options(**given[name])
+    model = _model(config, _shortest_pattern(kinds))
+    if model.num_layers != len(kinds):
+        raise UserError("config.json: layer_types is not num_hidden_layers long")
+    return _checked(dataclasses.replace(model, mixer_modules=list(modules)), options)
+
+
+def _shortest_pattern(kinds: list[str]) -> list[str]:
+    """Return the shortest list that, repeated, gives these layers."""
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+
+
+def _model(config: dict[str, Any], pattern: list[str]) -> ModelConfig:
+    if config["hidden_act"] != "silu":
+        raise UserError("config.json: only hidden_act=silu is supported")
+    if not isinstance(config["tie_word_embeddings"], bool):
+        raise UserError("config.json: tie_word_embeddings is not true or false")
+    fields = {}
+    for field, (key, kind) in _SIZES.items():
+        value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
             raise UserError(f"config.json: {key}={value!r} is no positive {kind.__name__}")
         fields[field] = kind(value)
-    model = ModelConfig(**fields)
-    if model.hidden_size % (2 * model.num_heads):
+    if fields["hidden_size"] % fields["num_heads"]:
         raise UserError(
-            f"config.json: hidden_size={model.hidden_size} over num_attention_heads="
-            f"{model.num_heads} is no even head size"
+            f"config.json: hidden_size={fields['hidden_size']} is not divisible by "
+            f"num_attention_heads={fields['num_heads']}"
         )
-    return model
+    return ModelConfig(pattern=pattern, tie_word_embeddings=config["tie_word_embeddings"], **fields)
 
 
-def _ttt_fields(config: dict[str, Any]) -> dict[str, Any]:
-    if config["ttt_layer_type"] not in _LAYERS:
-        raise UserError(
-            f"config.json: ttt_layer_type={config['ttt_layer_type']} is not linear or mlp"
-        )
-    flags = {name: config[name] for name in ("use_gate", "share_qk", "pre_conv")}
-    if list(flags.values()) not in ([True] * 3, [False] * 3):
-        found = ", ".join(f"{name}={json.dumps(value)}" for name, value in flags.items())
-        raise UserError(
-            f"config.json: {found} is not supported: either all three are true (the Mamba "
-            "backbone) or all three are false (the Transformer backbone)"
-        )
-    for name in ("hidden_act", "tie_word_embeddings"):
-        if config[name] != _TTT[name]:
-            raise UserError(f"config.json: only {name}={_TTT[name]} is supported")
-    return {
-        "layer": _LAYERS[config["ttt_layer_type"]],
-        "backbone": "mamba" if flags["use_gate"] else "transformer",
-        "mini_batch_size": config["mini_batch_size"],
-        "ttt_base_lr": config["ttt_base_lr"],
-        "conv_kernel": config["conv_kernel"],
-    }
+def _checked(model: ModelConfig, mixers: dict[str, Any]) -> Architecture:
+    """Return the architecture of these sections. Raises UserError for options out of range or of
+    another type than is declared."""
+    architecture = Architecture(model, mixers)
+    for name, options in mixers.items():
+        for option, kind in get_type_hints(type(options)).items():
+            value = getattr(options, option)
+            if kind is float and type(value) is int:
+                setattr(options, option, float(value))
+            elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UserError(f"config.json: {option}={value!r} of {name} is of another type")
+        try:
+            MIXERS[name].validate(architecture.dims, options)
+        except UserError as error:
+            raise UserError(f"config.json: {error}") from None
+    return architecture
 
 
-def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    for name, value in _LLAMA_ONLY.items():
-        if config[name] != value:
-            raise UserError(f"config.json: only {name}={value} is supported, not {config[name]}")
-    heads = config["num_attention_heads"]
-    if config.get("num_key_value_heads", heads) != heads:
-        raise UserError("config.json: only num_key_value_heads=num_attention_heads is supported")
-    if config.get("head_dim") not in (None, config["hidden_size"] // heads):
-        raise UserError("config.json: only head_dim=hidden_size/num_attention_heads is supported")
-    return {"layer": "attention"}
+def hf_form(architecture: Architecture) -> HFModel | None:
+    """Return the form that the mixer of all layers has of its own, None for a pattern's form."""
+    if architecture.is_hybrid:
+        return None
+    (layer,) = architecture.kinds.values()
+    return layer.mixer.hf_model(architecture.dims, layer.options)
 
 
-def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
-    """The official config of a model section: architecture, nothing about tokens or dtype."""
+def hf_config_of(architecture: Architecture) -> dict[str, Any]:
+    """Return config.json's description of an architecture: nothing about tokens or dtype."""
+    model, form = architecture.model, hf_form(architecture)
     config = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
+        **{key: getattr(model, field) for field, (key, _) in _SIZES.items()},
         "hidden_act": "silu",
-        "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
     }
-    if not model.is_ttt:
-        return {
-            **config,
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "num_key_value_heads": model.num_heads,
-            "attention_bias": False,
-            "mlp_bias": False,
-        }
-    return {
-        **config,
-        "model_type": "ttt",
-        "architectures": ["TTTForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_ttt.TTTConfig",
-            "AutoModel": "modeling_ttt.TTTModel",
-            "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
-        },
-        "ttt_layer_type": next(k for k, v in _LAYERS.items() if v == model.layer),
-        "ttt_base_lr": model.ttt_base_lr,
-        "mini_batch_size": model.mini_batch_size,
-        "use_gate": model.is_mamba,
-        "share_qk": model.is_mamba,
-        "pre_conv": model.is_mamba,
-        "conv_kernel": model.conv_kernel,
-        "scan_checkpoint_group_size": 0,
-    }
-
-
-def config_with_defaults(tree: dict[str, Any], path: Path, overrides: list[str] = ()) -> Config:
-    """A whole configuration for a model at `path`; defaults for what one not trained here lacks."""
-    defaults = {
-        "optimizer": {"lr": 0.0},
-        "training": {"steps": 1, "precision": "fp32"},
-        "run": {"dir": str(path.parent)},
-    }
-    for section, values in defaults.items():
-        own = tree.get(section, {})
-        if isinstance(own, dict):
-            tree = {**tree, section: {**values, **own}}
-    return config_from_tree(tree, str(path), overrides)
+    if form is not None:
+        return {**config, "model_type": form.model_type, **form.keys}
+    mixers = {name: dataclasses.asdict(options) for name, options in architecture.mixers.items()}
+    config |= {"model_type": "ttt", **_PATTERN_FORM, "layer_types": architecture.layer_kinds}
+    config["mixers"] = mixers
+    return {**config, "mixer_modules": model.mixer_modules} if model.mixer_modules else config

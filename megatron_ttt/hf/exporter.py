@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.checkpoint.run_folder import Checkpoint, open_whole_checkpoint
-from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.config import Config, config_with_defaults
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
-from megatron_ttt.hf.configuration import config_with_defaults, hf_config_from_model
+from megatron_ttt.hf.configuration import hf_config_of
 from megatron_ttt.hf.export_manifest import write_source
 from megatron_ttt.hf.mapping import split
 from megatron_ttt.hf.model_card import model_card
@@ -29,7 +29,7 @@ from megatron_ttt.hf.tensors import CheckpointTensors, HFTensors
 from megatron_ttt.hf.tokenizer_check import check_trained_with
 from megatron_ttt.hf.tokenizer_files import write_tokenizer
 from megatron_ttt.hf.verification import verify, verify_configuration
-from megatron_ttt.stack import model_parameters
+from megatron_ttt.stack import Architecture, architecture_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CODE = ("configuration_ttt.py", "modeling_ttt.py")
@@ -56,19 +56,20 @@ def export_checkpoint(
     checkpoint = open_whole_checkpoint(path)
     config = config_with_defaults(checkpoint.config, path)
     tensors = CheckpointTensors(checkpoint)
-    tensors.check(model_parameters(config.model))
+    architecture = architecture_of(config)
+    tensors.check(architecture.parameters())
     tokenizer = _tokenizer(checkpoint, config, tokenizer_model)
     temporary = output.parent / f".unverified-{output.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
-        _write_weights(tensors, config.model, temporary, dtype, shard_bytes)
+        _write_weights(tensors, architecture, temporary, dtype, shard_bytes)
         _write_configuration(checkpoint, config, tensors, tokenizer, dtype, temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer.model_path, temporary, config.training.seq_length)
         write_source(temporary, checkpoint)
-        verify_configuration(config.model, temporary)
-        verify(config.model, tensors.read, HFTensors(temporary).read, _cast(dtype))
+        verify_configuration(architecture, temporary)
+        verify(architecture, tensors.read, HFTensors(temporary).read, _cast(dtype))
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -99,13 +100,13 @@ def _cast(dtype: str | None):
 
 def _write_weights(
     tensors: CheckpointTensors,
-    model: ModelConfig,
+    architecture: Architecture,
     folder: Path,
     dtype: str | None,
     shard_bytes: int,
 ) -> None:
     source, plan = {}, {}
-    for row in model_parameters(model).values():
+    for row in architecture.parameters().values():
         wanted = DTYPES[dtype] if dtype else tensors.dtype(row.name)
         for part, shape in row.hf_shapes().items():
             source[part] = row
@@ -131,7 +132,9 @@ def _write_configuration(
     folder: Path,
 ) -> None:
     """config.json, generation_config.json, the code and the model card."""
-    official = checkpoint.state.get("official", {})
+    architecture, official = architecture_of(config), checkpoint.state.get("official", {})
+    described = hf_config_of(architecture)
+    is_llama = described["model_type"] == "llama"
     # An imported config.json that leaves out EOS stands for transformers' default.
     eos = 2 if "official" in checkpoint.state else None
     ids = {"bos_token_id": config.data.bos_id, "eos_token_id": eos, "pad_token_id": None}
@@ -145,19 +148,19 @@ def _write_configuration(
         # its config's pad id from being trained, which this one is.
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-        in_config["pad_token_id"] = ids["pad_token_id"] if config.model.is_ttt else None
-    projection = next(name for name in model_parameters(config.model) if "linear_fc1" in name)
+        in_config["pad_token_id"] = None if is_llama else ids["pad_token_id"]
+    projection = next(name for name in architecture.parameters() if "linear_fc1" in name)
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048
     tree = {
-        **hf_config_from_model(config.model),
+        **described,
         "max_position_embeddings": official.get("max_position_embeddings", trained),
         **in_config,
         "torch_dtype": str(stored).removeprefix("torch."),
     }
     _write_json(folder / "config.json", tree)
     _write_json(folder / "generation_config.json", ids)
-    if config.model.is_ttt:
+    if not is_llama:
         for name in CODE:
             shutil.copyfile(Path(__file__).parent / name, folder / name)
     (folder / "README.md").write_text(model_card(checkpoint, config, tokenizer is not None))

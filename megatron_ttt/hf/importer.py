@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_ttt.checkpoint.run_folder import open_checkpoint
-from megatron_ttt.config import Config, TrainingConfig, to_dict
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import model_from_hf_config, read_hf_config
+from megatron_ttt.hf.building import build_on_cpu
+from megatron_ttt.hf.configuration import architecture_from_hf_config, read_hf_config
 from megatron_ttt.hf.mapping import hf_shapes, join
 from megatron_ttt.hf.tensors import CheckpointTensors, HFTensors, check_hf_tensors
-from megatron_ttt.hf.verification import build_on_cpu, verify
+from megatron_ttt.hf.verification import verify
 from megatron_ttt.model import global_parameters
-from megatron_ttt.stack import model_parameters
 
 if TYPE_CHECKING:
     from megatron_ttt.hf.jax_streaming import JaxTensors
@@ -45,23 +44,22 @@ def import_tensors(source: HFTensors | JaxTensors, official: dict[str, Any], out
     """Write official tensors as a checkpoint of weights alone, verified before it has its name."""
     if output.exists():
         raise UserError(f"{output} exists: name a new folder")
-    model = model_from_hf_config(official)
-    check_hf_tensors(source, hf_shapes(model))
+    architecture = architecture_from_hf_config(official)
+    check_hf_tensors(source, hf_shapes(architecture))
 
     from megatron_ttt.checkpoint.writer import save_checkpoint
 
-    chunk = build_on_cpu(model, torch.float32)
-    table = model_parameters(model)
+    chunk = build_on_cpu(architecture, torch.float32)
+    table = architecture.parameters()
     for name, parameter in global_parameters(chunk):
         parameter.data = join(table[name], source.read)
-    config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
-    state = {"step": 0, "config": {"model": to_dict(config)["model"]}, "official": official}
+    state = {"step": 0, "config": architecture.to_tree(), "official": official}
     unverified = output.parent / f".unverified-{output.name}"
     try:
         save_checkpoint(unverified, [chunk], None, state)
         del chunk, parameter
         written = CheckpointTensors(open_checkpoint(unverified))
-        verify(model, written.read, source.read)
+        verify(architecture, written.read, source.read)
         os.rename(unverified, output)
     finally:
         for folder in (unverified, *output.parent.glob(f".incomplete-{unverified.name}.*")):

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_ttt.config import ModelConfig
 from megatron_ttt.layers.parameters import gather_global
 from megatron_ttt.mixers.base import Parameter
 from megatron_ttt.model import global_parameters
-from megatron_ttt.stack import model_parameters
+from megatron_ttt.stack import Architecture
 
 
-def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return every Hugging Face tensor of a model and its shape."""
-    return {k: v for row in model_parameters(model).values() for k, v in row.hf_shapes().items()}
+    table = architecture.parameters()
+    return {k: v for row in table.values() for k, v in row.hf_shapes().items()}
 
 
 def split(row: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -37,14 +37,14 @@ def join(row: Parameter, read: Callable[[str], Tensor]) -> Tensor:
     return row.join([read(name) for name in row.hf_names])
 
 
-def to_hf(model: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def to_hf(architecture: Architecture, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return Hugging Face's tensors for global tensors under our names."""
-    table = model_parameters(model)
+    table = architecture.parameters()
     return {hf: part for name, tensor in named for hf, part in split(table[name], tensor)}
 
 
 def gather_hf(
-    chunks: list[nn.Module], model: ModelConfig, tensor_of: Callable[[nn.Parameter], Tensor]
+    chunks: list[nn.Module], architecture: Architecture, tensor_of: Callable[[nn.Parameter], Tensor]
 ) -> dict[str, Tensor]:
     """Return Hugging Face's tensors of the whole model, put together from every rank's parts.
 
@@ -57,4 +57,4 @@ def gather_hf(
             own[name] = gather_global(parameter, tensor_of(parameter).detach()).cpu()
     stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, own, group=parallel_state.get_pipeline_model_parallel_group())
-    return to_hf(model, {k: v for stage in stages for k, v in stage.items()}.items())
+    return to_hf(architecture, {k: v for stage in stages for k, v in stage.items()}.items())

@@ -9,15 +9,16 @@ import yaml
 
 from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
-
-_LAYERS = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP", "attention": "Transformer"}
+from megatron_ttt.hf.configuration import hf_config_of
+from megatron_ttt.stack import architecture_of
 
 
 def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> str:
     """Markdown with recipe, data, steps and losses; what is not known is left out."""
-    model = config.model
-    name = _LAYERS[model.layer]
-    trust = ", trust_remote_code=True" if model.is_ttt else ""
+    model, architecture = config.model, architecture_of(config)
+    name = architecture.label
+    is_llama = hf_config_of(architecture)["model_type"] == "llama"
+    trust = "" if is_llama else ", trust_remote_code=True"
     lines = [
         "---",
         "library_name: transformers",
@@ -31,8 +32,8 @@ def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> s
             " ([Learning to (Learn at Test Time)](https://arxiv.org/abs/2407.04620)): the hidden "
             "state of a layer is itself a model, trained while a sequence is read. Memory per "
             "token is constant."
-            if model.is_ttt
-            else " (the Llama architecture)."
+            if architecture.has_inner_loop
+            else " (the Llama architecture)." * is_llama
         ),
         "",
         "```python",

@@ -23,7 +23,7 @@ from megatron_ttt.checkpoint.reader import CheckpointReader, check_plain, load_p
 from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.base import Parameter
-from megatron_ttt.stack import EMBEDDING
+from megatron_ttt.stack import EMBEDDING, HEAD
 
 # Constants that some writers store among the weights.
 _CONSTANT = re.compile(r"\.(inv_freq|token_idx)$")
@@ -81,7 +81,7 @@ class CheckpointTensors:
         checkpoints."""
         key, layer = self._locate(name)
         shape = tuple(self._stored[key].size[0 if layer is None else 1 :])
-        is_padded = name == EMBEDDING and shape[0] == self._padded_rows
+        is_padded = name in (EMBEDDING, HEAD) and shape[0] == self._padded_rows
         return (self._rows, *shape[1:]) if is_padded else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -211,7 +211,7 @@ def check_hf_tensors(source, shapes: dict[str, tuple[int, ...]]) -> None:
         unknown.remove(_HEAD)
         embedding = "model.embed_tokens.weight"
         if not torch.equal(source.read(_HEAD), source.read(embedding)):
-            raise UserError(f"{_HEAD} is not {embedding}; only tied heads are supported")
+            raise UserError(f"{_HEAD} is not {embedding}; config.json ties them")
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"the weights hold {unknown[0]}{more}, which config.json has no place for")

@@ -12,18 +12,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_ttt import platform as platforms
-from megatron_ttt.config import Config, ModelConfig, TrainingConfig
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf.configuration import hf_config_from_model
+from megatron_ttt.hf.building import build_empty_hf_model, build_on_cpu, tie_head
+from megatron_ttt.hf.configuration import hf_form
 from megatron_ttt.hf.mapping import join
 from megatron_ttt.layers.norm import PostNorm
-from megatron_ttt.stack import EMBEDDING, model_parameters
+from megatron_ttt.stack import EMBEDDING, HEAD, Architecture, Layer
 
 Read = Callable[[str], Tensor]
 
@@ -32,25 +30,9 @@ PROMPT, NEW_TOKENS = (2, 37), 4
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest norm of a difference, relative to the output's norm."""
 
-# Sublayers whose outputs are compared, in the order they run: transformers' name and ours.
-_TTT = [
-    ("conv", "pre_conv"),
-    ("seq_norm", "input_layernorm"),
-    ("seq_modeling_block.post_norm", "self_attention.post_norm"),
-    ("seq_modeling_block", "self_attention"),
-    ("ffn_norm", "pre_mlp_layernorm"),
-    ("mlp", "mlp"),
-]
-_ATTENTION = [
-    ("input_layernorm", "input_layernorm"),
-    ("self_attn", "self_attention"),
-    ("post_attention_layernorm", "pre_mlp_layernorm"),
-    ("mlp", "mlp"),
-]
-
 
 def verify(
-    model: ModelConfig,
+    architecture: Architecture,
     read_ours: Read,
     read_hf: Read,
     cast: Callable[[Tensor], Tensor] | None = None,
@@ -62,23 +44,25 @@ def verify(
     """
     cast = cast or (lambda tensor: tensor)
     dtypes = set()
-    for row in model_parameters(model).values():
+    for row in architecture.parameters().values():
         ours, theirs = cast(read_ours(row.name)), join(row, read_hf)
         if not _same_bits(ours, theirs):
             for part in row.hf_names:
                 _differs(part.rsplit(".", 1)[0], f"the weights of {part}")
         dtypes.add(ours.dtype)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    _verify_outputs(model, lambda name: cast(read_ours(name)), read_hf, dtype)
+    _verify_outputs(architecture, lambda name: cast(read_ours(name)), read_hf, dtype)
 
 
-def verify_configuration(model: ModelConfig, folder: Path) -> None:
+def verify_configuration(architecture: Architecture, folder: Path) -> None:
     """Raise UserError unless transformers loads what an export has beside its weights."""
     from transformers import GenerationConfig, LlamaConfig
 
     from megatron_ttt.hf.configuration_ttt import TTTConfig
 
-    for kind in (TTTConfig if model.is_ttt else LlamaConfig, GenerationConfig):
+    form = hf_form(architecture)
+    is_llama = form is not None and form.model_type == "llama"
+    for kind in (LlamaConfig if is_llama else TTTConfig, GenerationConfig):
         try:
             kind.from_pretrained(folder)
         except Exception as error:  # transformers lets out whatever its checks run into
@@ -102,13 +86,15 @@ def _differs(module: str, what: str) -> None:
 
 
 @torch.no_grad()
-def _verify_outputs(model: ModelConfig, read_ours: Read, read_hf: Read, dtype) -> None:
-    ids = torch.randint(0, model.vocab_size, PROMPT, generator=torch.Generator().manual_seed(0))
-    theirs = StreamedHF(model, read_hf, dtype)
+def _verify_outputs(architecture: Architecture, read_ours: Read, read_hf: Read, dtype) -> None:
+    ids = torch.randint(
+        0, architecture.model.vocab_size, PROMPT, generator=torch.Generator().manual_seed(0)
+    )
+    theirs = StreamedHF(architecture, read_hf, dtype)
     tokens = theirs.generate(ids, NEW_TOKENS)
     their_logits, their_outputs = theirs.run(tokens)
     del theirs
-    our_logits, our_outputs = StreamedMegatron(model, read_ours, dtype).run(tokens)
+    our_logits, our_outputs = StreamedMegatron(architecture, read_ours, dtype).run(tokens)
     for name, output in our_outputs.items():
         if (error := _relative(their_outputs[name], output)) > TOLERANCE[dtype]:
             _differs(name, f"its outputs (relative difference {error:.1e})")
@@ -131,24 +117,21 @@ def _relative(a: Tensor, b: Tensor) -> float:
 class StreamedHF:
     """transformers' model of an official checkpoint, its layers read when they are run."""
 
-    def __init__(self, model: ModelConfig, read: Read, dtype: torch.dtype):
-        self.model, self.read, self.dtype = model, read, dtype
-        with torch.device("meta"):
-            self.network = build_hf_model(model).eval().to(dtype)
+    def __init__(self, architecture: Architecture, read: Read, dtype: torch.dtype):
+        self.read, self.dtype = read, dtype
+        self.network = build_empty_hf_model(architecture).to(dtype)
         self.layers: nn.ModuleList = self.network.model.layers
         self._load(self.network.model.embed_tokens, "model.embed_tokens.")
         self._load(self.network.model.norm, "model.norm.")
-        self.network.lm_head.weight = self.network.model.embed_tokens.weight
-        if not model.is_ttt:
-            # Llama's angles are a buffer, which the meta device has left without values.
-            rotary = self.network.model.rotary_emb
-            self.network.model.rotary_emb = type(rotary)(self.network.config)
+        if not architecture.model.tie_word_embeddings:
+            self._load(self.network.lm_head, "lm_head.")
+        tie_head(self.network, architecture)
         self.outputs: dict[str, Tensor] = {}
-        for number, layer in enumerate(self.layers):
+        for number, (layer, kind) in enumerate(zip(self.layers, architecture.layers)):
             prefix = f"model.layers.{number}."
             layer.register_forward_pre_hook(lambda layer, _, p=prefix: self._load(layer, p))
             layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None)
-            for name, _ in _sublayers(model):
+            for name, _ in _sublayers(kind):
                 layer.get_submodule(name).register_forward_hook(self._record(prefix + name))
 
     def _record(self, name: str):
@@ -179,25 +162,30 @@ class StreamedHF:
 
 
 class StreamedMegatron:
-    """A checkpoint's model in megatron-core, on the CPU: one layer, run as every layer in turn."""
+    """A checkpoint's model in megatron-core, on the CPU: one layer of each kind, run as every such
+    layer in turn."""
 
-    def __init__(self, model: ModelConfig, read: Read, dtype: torch.dtype):
-        self.model, self.read, self.dtype = model, read, dtype
-        chunk = build_on_cpu(dataclasses.replace(model, num_layers=1), dtype).eval()
-        self.layer = chunk.decoder.layers[0]
-        self.tails = {name: parameter for name, parameter in self.layer.named_parameters()}
-        chunk.decoder.layers = nn.ModuleList([self.layer] * model.num_layers)
+    def __init__(self, architecture: Architecture, read: Read, dtype: torch.dtype):
+        self.read, self.dtype = read, dtype
+        kinds = architecture.kinds
+        small = dataclasses.replace(architecture.model, num_layers=len(kinds), pattern=list(kinds))
+        chunk = build_on_cpu(Architecture(small, architecture.mixers), dtype).eval()
+        layers = dict(zip(kinds, chunk.decoder.layers))
+        chunk.decoder.layers = nn.ModuleList([layers[kind] for kind in architecture.layer_kinds])
         chunk.embedding.word_embeddings.weight.data = read(EMBEDDING).to(dtype)
+        if not architecture.model.tie_word_embeddings:
+            chunk.output_layer.weight.data = read(HEAD).to(dtype)
         final = "decoder.final_layernorm.weight"
         chunk.decoder.final_layernorm.weight.data = read(final).to(dtype)
         self.chunk, self.number, self.outputs = chunk, 0, {}
-        self.layer.register_forward_pre_hook(self._load)
-        self.layer.register_forward_hook(self._next)
-        for theirs, ours in _sublayers(model):
-            self.layer.get_submodule(ours).register_forward_hook(self._record(theirs))
+        for kind, layer in layers.items():
+            layer.register_forward_pre_hook(self._load)
+            layer.register_forward_hook(self._next)
+            for theirs, ours in _sublayers(kinds[kind]):
+                layer.get_submodule(ours).register_forward_hook(self._record(theirs))
 
-    def _load(self, *_) -> None:
-        for tail, parameter in self.tails.items():
+    def _load(self, layer: nn.Module, *_) -> None:
+        for tail, parameter in layer.named_parameters():
             parameter.data = self.read(f"decoder.layers.{self.number}.{tail}").to(self.dtype)
 
     def _next(self, *_) -> None:
@@ -219,34 +207,15 @@ class StreamedMegatron:
         return self.chunk(ids, None, None), self.outputs
 
 
-def _sublayers(model: ModelConfig) -> list[tuple[str, str]]:
-    names = _TTT if model.is_ttt else _ATTENTION
-    return names if model.is_mamba or not model.is_ttt else names[1:]
-
-
-def build_hf_model(model: ModelConfig, **more: Any) -> nn.Module:
-    """transformers' model for a model section, with initial weights; `more` goes to its config."""
-    config = {k: v for k, v in hf_config_from_model(model).items() if k != "model_type"}
-    if model.is_ttt:
-        from megatron_ttt.hf.configuration_ttt import TTTConfig
-        from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
-
-        return TTTForCausalLM(TTTConfig(**{**config, **more}))
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**{**config, **more}))
-
-
-def build_on_cpu(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """megatron-core's model for a model section, on this one process's CPU; weights not set."""
-    platform = platforms.start("cpu")
-    platforms.start_process_group(platform)
-    from megatron.core import parallel_state
-
-    from megatron_ttt.model import build_chunk, make_transformer_config
-
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
-        platforms.seed_everything(0)
-    config = Config(model=model, training=TrainingConfig(steps=1, precision="fp32"))
-    return build_chunk(config, make_transformer_config(config, platform, dtype), None)
+def _sublayers(layer: Layer) -> list[tuple[str, str]]:
+    """Return the modules whose outputs are compared, in the order they run: transformers' names
+    within a layer, and ours."""
+    mixer = layer.mixer
+    return [
+        *([("conv", "pre_conv")] if layer.pre_conv_width else []),
+        (mixer.hf_norms[0], "input_layernorm"),
+        *mixer.hf_sublayers(layer.options),
+        (mixer.hf_module, "self_attention"),
+        (mixer.hf_norms[1], "pre_mlp_layernorm"),
+        ("mlp", "mlp"),
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_ttt.config import Config
 from megatron_ttt.planning.cost import microbatch, parameters_of_rank
-from megatron_ttt.stack import mixer_of
+from megatron_ttt.stack import architecture_of
 
 
 def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
@@ -29,7 +29,9 @@ def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
     tensor = _tensor(config, hidden) * microbatches
     shared = hidden / (tp if parallel.sequence_parallel else 1)
     pipeline = 2 * shared * chunks * microbatches if pp > 1 else 0
-    if pp > 1:  # the two copies of the embedding add up their gradients
+    if (
+        pp > 1 and model.tie_word_embeddings
+    ):  # the two copies of the embedding add up their gradients
         pipeline += 4 * model.hidden_size * vocabulary
     data = (4 + w) * parameters * (dp - 1) / dp
     sent = {"tensor": tensor, "pipeline": pipeline, "data": data}
@@ -38,15 +40,15 @@ def bytes_per_step(config: Config, dp: int) -> dict[str, float]:
 
 def _tensor(config: Config, hidden: float) -> float:
     """Of one microbatch. An all-reduce counts as a reduce-scatter and a gather."""
-    parallel, model = config.parallel, config.model
+    parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     share = (tp - 1) / tp
-    mixer, options = mixer_of(model)
     # The SwiGLU, forward and backward: an all-reduce, or a gather and a scatter, each way. Under
     # sequence parallelism megatron-core keeps the cut input of a column-parallel projection and
     # gathers it again for the weights' gradient.
     layer = (5 if parallel.sequence_parallel else 4) * hidden
-    layer += mixer.sent_bytes(options, microbatch(config))
+    layers, batch = architecture_of(config).layers, microbatch(config)
+    mixers = sum(one.mixer.sent_bytes(one.options, batch) for one in layers)
     # Embedding forward, head backward.
     ends = 4 * hidden + (hidden if parallel.sequence_parallel else 0)
-    return share * (model.num_layers / pp * layer + ends)
+    return share * ((len(layers) * layer + mixers) / pp + ends)

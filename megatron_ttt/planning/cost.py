@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ttt.config import Config, ModelConfig
+from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.base import Microbatch
-from megatron_ttt.stack import dimensions, layer_parameters, mixer_of
+from megatron_ttt.stack import Architecture, architecture_of
 
 GIB = 2**30
 
@@ -61,60 +61,73 @@ def _device(name: str) -> Device | None:
     return None
 
 
-def count_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters by place: embedding (tied to the head), one layer's mixer, its fp32 part, its FFN,
-    and the whole."""
-    embedding = model.vocab_size * model.hidden_size
-    rows = layer_parameters(model)
-    layer = sum(row.numel for row in rows)
+def count_parameters(architecture: Architecture) -> dict[str, int]:
+    """Return parameters by place: embedding (and head, where it has its own weight), the mixers,
+    those that stay fp32, the SwiGLUs, and the whole."""
+    rows = architecture.parameters().values()
+
+    def count(part: str) -> int:
+        return sum(row.numel for row in rows if part in row.name)
+
     return {
-        "embedding": embedding,
-        "mixer": sum(row.numel for row in rows if row.name.startswith("self_attention.")),
+        "embedding": count("word_embeddings") + count("output_layer"),
+        "mixer": count(".self_attention."),
         "fp32": sum(row.numel for row in rows if row.fp32),
-        "ffn": sum(row.numel for row in rows if row.name.startswith("mlp.")),
-        "layer": layer,
-        "total": embedding + model.num_layers * layer + model.hidden_size,
+        "ffn": count(".mlp."),
+        "total": sum(row.numel for row in rows),
     }
 
 
-def parameters_of_rank(config: Config) -> tuple[int, int]:
-    """(parameters, of which float32 in a bf16 model) of a rank of the first or the last stage,
-    which both hold the embedding."""
-    model, parallel = config.model, config.parallel
+def layers_of_stage(config: Config, stage: int) -> list[str]:
+    """Return the kinds of the layers that a pipeline stage has."""
+    parallel, kinds = config.parallel, architecture_of(config).layer_kinds
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    size = len(kinds) // (stages * chunks)
+    starts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+    return [kind for start in starts for kind in kinds[start : start + size]]
+
+
+def parameters_of_rank(config: Config, stage: int = 0) -> tuple[int, int]:
+    """Return (parameters, of which float32 in a bf16 model) of a rank of the first or the last
+    stage. Both hold the embedding where it is the head too."""
+    model, parallel, architecture = config.model, config.parallel, architecture_of(config)
     tp = parallel.tensor_model_parallel_size
-    layers = model.num_layers // parallel.pipeline_model_parallel_size
-    own = [
-        (row, row.numel // (tp if row.shard_dim is not None else 1))
-        for row in layer_parameters(model)
-    ]
-    layer, fp32 = sum(n for _, n in own), sum(n for row, n in own if row.fp32)
+    total = fp32 = 0
+    for kind in layers_of_stage(config, stage):
+        for row in architecture.layer_parameters(kind):
+            own = row.numel // (tp if row.shard_dim is not None else 1)
+            total += own
+            fp32 += own if row.fp32 else 0
+    alone = parallel.pipeline_model_parallel_size == 1
+    matrices = 2 if alone and not model.tie_word_embeddings else 1
     vocabulary = -(-model.vocab_size // tp)
-    ends = vocabulary * model.hidden_size + model.hidden_size
-    return layers * layer + ends, layers * fp32
+    return total + matrices * vocabulary * model.hidden_size + model.hidden_size, fp32
 
 
 def checkpoint_bytes(config: Config) -> dict[str, int]:
-    """Bytes on disk: of a checkpoint (weights, main weights, two moments), of an export."""
-    counts = count_parameters(config.model)
-    fp32 = config.model.num_layers * counts["fp32"]
-    rounded = counts["total"] - fp32
-    weights = (2 if config.training.precision == "bf16" else 4) * rounded + 4 * fp32
+    """Return bytes on disk: of a checkpoint (weights, main weights, two moments), of an export."""
+    counts = count_parameters(architecture_of(config))
+    rounded = counts["total"] - counts["fp32"]
+    weights = (2 if config.training.precision == "bf16" else 4) * rounded + 4 * counts["fp32"]
     # The optimizer's main copy is stored of every parameter, in float32 models too.
     return {"checkpoint": weights + 12 * counts["total"], "export": weights}
 
 
-def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Model FLOPs of a token's forward pass (docs/mathematics.md, cost)."""
-    mixer, options = mixer_of(model)
-    D = model.hidden_size
-    layer = mixer.flops_per_token(dimensions(model), options, seq_length)
-    layer += 6 * D * model.ffn_hidden_size
-    return model.num_layers * layer + 2 * model.vocab_size * D
+def forward_flops_per_token(architecture: Architecture, seq_length: int) -> float:
+    """Return the model FLOPs of a token's forward pass (docs/mathematics.md, cost)."""
+    model, dims = architecture.model, architecture.dims
+    mixers = sum(
+        layer.mixer.flops_per_token(dims, layer.options, seq_length)
+        for layer in architecture.layers
+    )
+    ffn = 6 * model.hidden_size * model.ffn_hidden_size
+    return mixers + model.num_layers * ffn + 2 * model.vocab_size * model.hidden_size
 
 
-def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+def training_flops_per_token(architecture: Architecture, seq_length: int) -> float:
     """Forward and backward, recomputation not counted."""
-    return 3 * forward_flops_per_token(model, seq_length)
+    return 3 * forward_flops_per_token(architecture, seq_length)
 
 
 def microbatch(config: Config, *, on_cpu: bool = False) -> Microbatch:
@@ -123,7 +136,7 @@ def microbatch(config: Config, *, on_cpu: bool = False) -> Microbatch:
     return Microbatch(
         sequences=training.micro_batch_size,
         seq_length=training.seq_length,
-        dims=dimensions(config.model),
+        dims=architecture_of(config).dims,
         width=2 if training.precision == "bf16" else 4,
         tp=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,

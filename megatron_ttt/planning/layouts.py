@@ -11,6 +11,7 @@ from megatron_ttt.errors import UserError
 from megatron_ttt.planning.communication import bytes_per_step
 from megatron_ttt.planning.cost import Device, training_flops_per_token
 from megatron_ttt.planning.memory import memory_per_rank
+from megatron_ttt.stack import architecture_of
 
 NODE = 8
 """GPUs of a node: tensor parallelism stays within it."""
@@ -61,7 +62,7 @@ def step_seconds(config: Config, world_size: int, device: Device, mfu: float) ->
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
     tokens = training.global_batch_size * training.seq_length
-    flops = training_flops_per_token(config.model, training.seq_length) * tokens
+    flops = training_flops_per_token(architecture_of(config), training.seq_length) * tokens
     compute = flops * (4 / 3 if training.recompute else 1) / (world_size * device.flops * mfu)
     sent = bytes_per_step(config, dp)
     across = device.link if world_size <= NODE else NETWORK

@@ -9,10 +9,12 @@ has under sequence parallelism.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megatron_ttt.config import Config
 from megatron_ttt.mixers.base import Microbatch
-from megatron_ttt.planning.cost import GIB, microbatch, parameters_of_rank
-from megatron_ttt.stack import mixer_of
+from megatron_ttt.planning.cost import GIB, layers_of_stage, microbatch, parameters_of_rank
+from megatron_ttt.stack import Layer, architecture_of
 
 MAPPED = 32 * 2**20
 """glibc takes larger blocks from the system and gives them back when they are freed; smaller ones
@@ -30,25 +32,28 @@ def memory_per_rank(config: Config, dp: int, *, on_cpu: bool) -> dict[str, float
     dp: the data-parallel size. on_cpu: resident memory of a process on the CPU, else what PyTorch
     has allocated on a GPU. Saving a checkpoint comes on top of it.
     """
-    training, parallel = config.training, config.parallel
-    w = _width(config)
-    parameters, fp32 = parameters_of_rank(config)
-    main_copies = 4 * (parameters - fp32) if w == 2 else 0
+    training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
     parts = max(
-        (
-            _activations(config, stage, microbatches, parameters, on_cpu)
-            for stage in _stages(parallel)
-        ),
+        (_parts(config, stage, microbatches, dp, on_cpu) for stage in _stages(config.parallel)),
         key=lambda parts: sum(parts.values()),
     )
-    parts = {
+    return {name: round(size / GIB, 3) for name, size in parts.items()}
+
+
+def _parts(
+    config: Config, stage: int, microbatches: int, dp: int, on_cpu: bool
+) -> dict[str, float]:
+    """Bytes of a rank of a pipeline stage."""
+    w = _width(config)
+    parameters, fp32 = parameters_of_rank(config, stage)
+    main_copies = 4 * (parameters - fp32) if w == 2 else 0
+    return {
         "weights": w * (parameters - fp32) + 4 * fp32,
         "gradients": 4 * parameters,
         "optimizer": (8 * parameters + main_copies) / dp,
-        **parts,
+        **_activations(config, stage, microbatches, parameters, on_cpu),
     }
-    return {name: round(size / GIB, 3) for name, size in parts.items()}
 
 
 def _stages(parallel) -> set[int]:
@@ -70,23 +75,25 @@ def _activations(
     tp = parallel.tensor_model_parallel_size
     rows = tokens / (tp if parallel.sequence_parallel else 1)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    chunk_layers = model.num_layers // (pp * chunks)
-    in_flight = chunk_layers * _in_flight(pp, chunks, stage, microbatches)
+    chunks_in_flight = _in_flight(pp, chunks, stage, microbatches)
 
-    batch = microbatch(config, on_cpu=on_cpu)
-    one_layer = saved_by_layer(config, batch)
-    mixer, options = mixer_of(model)
-    states = mixer.saved_state_bytes(options, batch)
+    batch, kinds = microbatch(config, on_cpu=on_cpu), architecture_of(config).kinds
     layer_input = w * rows * model.hidden_size
-    backward = 4 * w * tokens * model.ffn_hidden_size / tp
-    if training.recompute:
-        kept = [(layer_input, in_flight)]
-        backward += sum(one_layer) + states
-        states = 0
-    else:
-        kept = [(block, in_flight) for block in one_layer]
+    backward, inner_states, kept = 0.0, 0.0, []
+    for kind, number in Counter(layers_of_stage(config, stage)).items():
+        layer = kinds[kind]
+        saved = saved_by_layer(config, layer, batch)
+        states = layer.mixer.saved_state_bytes(layer.options, batch)
+        in_flight = number / chunks * chunks_in_flight
+        if training.recompute:
+            kept.append((layer_input, in_flight))
+            backward = max(backward, sum(saved) + states)
+        else:
+            kept += [(block, in_flight) for block in saved]
+            inner_states += states * in_flight
+    backward += 4 * w * tokens * model.ffn_hidden_size / tp
     if pp > 1:
-        kept.append((layer_input, in_flight / chunk_layers))  # what is sent on
+        kept.append((layer_input, chunks_in_flight))  # what is sent on
     loss = []
     vocabulary = -(-model.vocab_size // tp)
     if stage == pp - 1:
@@ -95,7 +102,6 @@ def _activations(
         # Logits, and in a bf16 model their float32 softmax, which becomes their gradient.
         loss = [w * tokens * vocabulary] + ([4 * tokens * vocabulary] if w == 2 else [])
     activations = sum(block * count for block, count in kept)
-    inner_states = states * in_flight
     if not on_cpu:
         return {
             "activations": activations,
@@ -128,15 +134,14 @@ def _in_flight(pp: int, chunks: int, stage: int, microbatches: int) -> int:
     return min((pp - stage - 1) * 2 + (chunks - 1) * pp + 1, microbatches * chunks)
 
 
-def saved_by_layer(config: Config, batch: Microbatch) -> list[float]:
+def saved_by_layer(config: Config, layer: Layer, batch: Microbatch) -> list[float]:
     """Bytes of each tensor that one layer saves for its backward pass on a rank, but for the
     states."""
-    mixer, options = mixer_of(config.model)
     w, ffn = batch.width, batch.tokens * config.model.ffn_hidden_size / batch.tp
     return [
         *batch.saved_by_norm(),
         *batch.saved_by_norm(),
         w * batch.rows,  # into the SwiGLU
         *(w * 2 * ffn, w * ffn, w * ffn, w * ffn),  # fc1; silu; + 0; the product, into fc2
-        *mixer.saved_bytes(options, batch),
+        *layer.mixer.saved_bytes(layer.options, batch),
     ]

@@ -17,6 +17,7 @@ from megatron_ttt.planning.cost import (
 )
 from megatron_ttt.planning.layouts import rank_layouts, step_seconds
 from megatron_ttt.planning.memory import memory_per_rank
+from megatron_ttt.stack import architecture_of
 
 SUGGESTIONS = 3
 USUAL_MFU = 0.4
@@ -37,7 +38,7 @@ def dry_run(
     what a run would use here. mfu: the share of its peak that is reached. memory_gib: of a GPU;
     None: the device's. Raises UserError for what cannot be.
     """
-    parallel, training = config.parallel, config.training
+    parallel, training, architecture = config.parallel, config.training, architecture_of(config)
     world_size = parallel.model_parallel_size if world_size is None else world_size
     if world_size < 1:
         raise UserError(f"--world-size {world_size} is no number of processes")
@@ -49,10 +50,10 @@ def dry_run(
     dp = check_layout(config, world_size)
     on_cpu = device is None and _runs_on_cpu(config)
     tokens_per_step = training.global_batch_size * training.seq_length
-    flops = training_flops_per_token(config.model, training.seq_length)
+    flops = training_flops_per_token(architecture, training.seq_length)
     memory = memory_per_rank(config, dp, on_cpu=on_cpu)
     plan = {
-        "parameters": count_parameters(config.model)["total"],
+        "parameters": count_parameters(architecture)["total"],
         "world_size": world_size,
         "data_parallel_size": dp,
         "microbatches_per_step": training.global_batch_size // (training.micro_batch_size * dp),
@@ -108,7 +109,8 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
     """The plan in words, for a terminal."""
     model, parallel, memory = config.model, config.parallel, plan["memory_gib_per_rank"]
     lines = [
-        f"{model.layer}, {plan['parameters'] / 1e6:.1f}M parameters: {model.num_layers} layers, "
+        f"{architecture_of(config).label}, {plan['parameters'] / 1e6:.1f}M parameters: "
+        f"{model.num_layers} layers, "
         f"{model.num_heads} heads of {model.head_dim}, width {model.hidden_size}",
         f"{plan['world_size']} processes: TP {parallel.tensor_model_parallel_size}, "
         f"PP {parallel.pipeline_model_parallel_size}, DP {plan['data_parallel_size']}; "

@@ -91,7 +91,7 @@ def write_report(runs: list[Run], folder: Path) -> list[Path]:
         sections.append(_figure(title, images[name], wide=name not in ("lr", "throughput")))
     if len(runs) > 1:
         sections.append(_differences(runs))
-    models = {run.config.get("model.layer", "unknown model") for run in runs}
+    models = {" ".join(run.config.get("model.pattern", ["unknown model"])) for run in runs}
     page = PAGE.substitute(
         title=html.escape(" · ".join(finals)),
         subtitle=html.escape(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_ttt.config import flatten_tree
+from megatron_ttt.config.former_keys import in_current_keys
 from megatron_ttt.errors import UserError
 
 LAST_STEPS = 20
@@ -78,7 +79,8 @@ def _read_run(folder: Path, name: str) -> Run:
     if not steps:
         raise UserError(f"{metrics} holds no steps: name a run that has taken one")
     validations = [record for record in records if "val_loss" in record]
-    return Run(name, steps, validations, dict(_leaves(tree if isinstance(tree, dict) else {})))
+    options = flatten_tree(in_current_keys(tree, None)) if isinstance(tree, dict) else {}
+    return Run(name, steps, validations, options)
 
 
 def _read_record(line: str, where: str) -> dict[str, Any]:
@@ -89,14 +91,6 @@ def _read_record(line: str, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{where} is no record of a step: take the line out")
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def final_figures(run: Run) -> dict[str, str]:

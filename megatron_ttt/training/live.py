@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ttt.config import Config
+from megatron_ttt.stack import architecture_of
 
 BARS = "▁▂▃▄▅▆▇█"
 HISTORY = 60
@@ -44,7 +45,12 @@ class LiveView:
         if not console.is_terminal:
             return None
         last = config.training.exit_step or config.training.steps
-        return cls(f"{Path(config.run.dir).name} · {config.model.layer}", first_step, last, console)
+        return cls(
+            f"{Path(config.run.dir).name} · {architecture_of(config).label}",
+            first_step,
+            last,
+            console,
+        )
 
     def step(self, record: dict[str, Any], seconds_left: str) -> None:
         """Show a step's record."""

@@ -13,7 +13,8 @@ from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
-from megatron_ttt.mixers.ttt.statistics import InnerStatistics
+from megatron_ttt.mixers.inner_loop import InnerStatistics
+from megatron_ttt.stack import architecture_of
 from megatron_ttt.training.anomalies import SpikeWatch, first_nonfinite_module
 from megatron_ttt.training.inner_loop import (
     inner_metrics,
@@ -109,13 +110,13 @@ class RunMonitor:
                 "differs): it was damaged in memory; go back to an earlier one (checkpoint.load)"
             )
 
-    def _inner_statistics(self, microbatches: list[Tensor]) -> InnerStatistics:
+    def _inner_statistics(self, microbatches: list[Tensor]) -> dict[int, InnerStatistics]:
         """On a few of these sequences, with weights and inner learning rate as they are."""
         forward = partial(self.run_forward, sample_of(microbatches))
         return observe_inner_loop(self.chunks, forward)
 
     def _report_inner_loop(self, step: int, microbatches: list[Tensor]) -> None:
-        if not self.config.model.is_ttt:
+        if not architecture_of(self.config).has_inner_loop:
             return
         self.reported_at = step
         table = inner_table(self._inner_statistics(microbatches))

@@ -18,10 +18,11 @@ from megatron_ttt.checkpoint.run_folder import (
 )
 from megatron_ttt.checkpoint.state import check_versions
 from megatron_ttt.checkpoint.verification import damage_found_together, open_whole_together
-from megatron_ttt.config import Config, to_dict
+from megatron_ttt.config import Config
 from megatron_ttt.data.fingerprint import check_unchanged
 from megatron_ttt.errors import UserError, run_on_rank0
 from megatron_ttt.hf.background import remove_unfinished
+from megatron_ttt.stack import architecture_of
 from megatron_ttt.training.loggers import log_line
 from megatron_ttt.training.resume_checks import check_resume
 
@@ -58,7 +59,7 @@ def _check(checkpoint: Checkpoint | None, config: Config, data: dict[str, Any]) 
     if checkpoint is None:
         return
     check_versions(checkpoint)
-    check_architecture(checkpoint, to_dict(config)["model"], log_line)
+    check_architecture(checkpoint, architecture_of(config), log_line)
     check_resume(checkpoint, config, log_line)
     if is_own(checkpoint, Path(config.run.dir)):
         check_unchanged(checkpoint.state.get("data", {}), data)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from megatron_ttt.config import Config
+from megatron_ttt.stack import architecture_of
 
 INNER_LR_START = 0.1
 """Share of the inner learning rate that its warm-up starts from."""
@@ -32,13 +33,13 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def inner_lr_scale(config: Config, step: int) -> float:
-    """Factor of the inner learning rate: from 0.1 to 1 over the warm-up for TTT-MLP, else 1.
+    """Factor of the inner learning rate: from 0.1 to 1 over the warm-up if there is one, else 1.
 
     Rounded to bfloat16, as the official trainer does in float32 runs too.
     """
     warm_up = config.optimizer.inner_lr_warmup
     if warm_up is None:
-        warm_up = config.model.layer == "ttt_mlp"
+        warm_up = architecture_of(config).warms_inner_lr
     if not warm_up:
         return 1.0
     progress = min(1.0, (step - 1) / max(1, warmup_steps(config)))

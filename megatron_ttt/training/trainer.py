@@ -30,6 +30,7 @@ from megatron_ttt.model import (
     set_inner_lr_scale,
 )
 from megatron_ttt.planning import peak_flops, training_flops_per_token
+from megatron_ttt.stack import architecture_of
 from megatron_ttt.training.loggers import check_loggers, log_line
 from megatron_ttt.training.lost_ranks import Progress
 from megatron_ttt.training.metrics import MetricsLog
@@ -93,7 +94,7 @@ class Trainer:
 
         self.chunks = build_chunks(config, make_transformer_config(config, platform))
         for chunk in self.chunks:
-            initialise_weights(chunk, config.model, config.run.seed)
+            initialise_weights(chunk, architecture_of(config), config.run.seed)
         self.ddp_chunks = wrap_chunks(config, self.chunks)
         self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.step = 0
@@ -216,7 +217,7 @@ class Trainer:
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
         self.skipped_steps += bool(skipped)
         figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm}
-        if self.config.model.is_ttt:
+        if architecture_of(self.config).has_inner_loop:
             figures["ttt_lr_mult"] = scale
         if self.skipped_steps:
             figures["skipped_steps"] = self.skipped_steps
@@ -300,5 +301,7 @@ class Trainer:
         peak = None
         if self.platform.kind == "cuda":
             peak = peak_flops(torch.cuda.get_device_name())
-        flops = training_flops_per_token(self.config.model, self.config.training.seq_length)
+        flops = training_flops_per_token(
+            architecture_of(self.config), self.config.training.seq_length
+        )
         return MetricsLog(self.config, self.step, peak and peak * dist.get_world_size(), flops)

@@ -9,7 +9,7 @@ import torch
 from harness import (
     GOLDEN,
     Job,
-    model_section,
+    model_sections,
     random_official,
     read_golden,
     relative,
@@ -94,7 +94,7 @@ def layouts(tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("layouts"))
     config, tensors = read_golden("jax_mlp_mamba")
     checkpoint = job.import_official("source", config, section(tensors, "param"))
-    baseline = model_section(config)
+    baseline = model_sections(config)
     for name, precision, layer in (("fp32", "fp32", "ttt_mlp"), ("llama", "bf16", "attention")):
         for layout in ("one", "tp2", "pp2", "tp2pp2"):
             folder = job.folder / f"{name}-{layout}"
@@ -104,7 +104,8 @@ def layouts(tmp_path_factory):
 
             np.save(tokens, np.random.default_rng(0).integers(0, 64, (1, 2, 33)))
             recipe = {
-                "model": {**baseline, "layer": layer},
+                "model": {**baseline["model"], "pattern": [layer]},
+                "mixers": baseline["mixers"],
                 "optimizer": {"lr": 0.0, "min_lr": 0.0},
                 "training": {
                     "steps": 1,

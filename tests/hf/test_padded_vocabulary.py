@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import worker
-from harness import Job, model_section, random_official, relative, section
+from harness import Job, model_sections, random_official, relative, section
 from safetensors.torch import load_file
 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
@@ -30,7 +30,7 @@ def job(tmp_path_factory) -> Job:
     np.save(tokens, random.integers(0, VOCABULARY, (3, 4, 33)))
     config, _ = random_official("linear", "mamba", layers=2, width=32, ffn=48, vocab=VOCABULARY)
     recipe = {
-        "model": model_section(config),
+        **model_sections(config),
         "optimizer": {"lr": 3e-3},
         "training": {
             "steps": 3,

@@ -11,4 +11,4 @@ from megatron_ttt.mixers.ttt.mixer import TTT
 from megatron_ttt.mixers.ttt.mlp import MLP
 
 TTT_LINEAR = TTT("ttt_linear", "TTT-Linear", LINEAR)
-TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP)
+TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP, warms_inner_lr=True)

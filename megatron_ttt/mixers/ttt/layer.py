@@ -27,10 +27,12 @@ from torch import Tensor
 from megatron_ttt.layers.norm import PostNorm, statistics_dtype
 from megatron_ttt.layers.parameters import ParameterHolder, new_parameter
 from megatron_ttt.mixers.base import Dimensions, Parameter
+from megatron_ttt.mixers.inner_loop import InnerLoop
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.options import TTTOptions
 from megatron_ttt.mixers.ttt.parameters import ttt_parameters
 from megatron_ttt.mixers.ttt.scan import ttt_scan
+from megatron_ttt.mixers.ttt.statistics import inner_statistics
 from megatron_ttt.ops.conv_rope import conv_rope
 from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
 
@@ -52,7 +54,7 @@ def ttt_mixer_spec(inner_model: InnerModel, options: TTTOptions, scan_backend: s
     )
 
 
-class TTTMixer(MegatronModule):
+class TTTMixer(MegatronModule, InnerLoop):
     """TTT-Linear or TTT-MLP in the place of self-attention.
 
     Its sizes are those of the TransformerConfig. scan_backend: see `ttt_scan`.
@@ -73,8 +75,6 @@ class TTTMixer(MegatronModule):
         super().__init__(config)
         self.options, self.layer_number, self.scan_backend = options, layer_number, scan_backend
         self.inner_model = inner_model
-        self.inner_lr_scale = 1.0  # what the trainer warms up; 1 in evaluation
-        self.observer = None  # called with `inner_statistics`' arguments, where one looks
         dims = Dimensions(config.hidden_size, config.num_attention_heads, config.init_method_std)
         self.head_dim = dims.head_dim
         self.num_local_heads = (
@@ -154,7 +154,8 @@ class TTTMixer(MegatronModule):
         )
         if self.observer is not None:
             cos, sin = angles
-            self.observer(self.inner_model, *inputs[1:], rotate_pairs(k, cos, -sin))
+            unrotated = rotate_pairs(k, cos, -sin)
+            self.observer(inner_statistics(self.inner_model, *inputs[1:], unrotated))
         out_BHLF, _ = ttt_scan(self.inner_model, *inputs, backend=self.scan_backend)
         out_SBD = out_BHLF.permute(2, 0, 1, 3).flatten(2)
         return self.out_proj(self.post_norm(out_SBD, part.get("g")))

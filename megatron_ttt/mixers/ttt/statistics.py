@@ -9,42 +9,12 @@ Sizes: B batch, H heads, L sequence, F head dim, K mini-batch, N full mini-batch
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from megatron_ttt.mixers.inner_loop import InnerStatistics
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.reference import expand_state, normalise
-
-
-class InnerStatistics(NamedTuple):
-    """Of one layer. The first four are [N], one number a full mini-batch; the rest are scalars.
-
-    Losses are the mean over batch, heads and features of (prediction - target)^2 for a mini-batch's
-    last token; target_var, at its first, of (target - the target's mean over the sequence)^2.
-    """
-
-    loss_init: Tensor
-    """With the state that the sequence starts from."""
-    loss_before: Tensor
-    """With the state before the mini-batch."""
-    loss_after: Tensor
-    """With the state after it."""
-    target_var: Tensor
-    """What predicting the target's mean would leave."""
-    inner_lr: Tensor
-    """Mean of lam, the keys' share of the inner learning rate."""
-    token_scale: Tensor
-    """Mean of tau, the positions' share."""
-    token_scale_clamped: Tensor
-    """Share of the positions whose tau is clamped at 0."""
-    state_norm: Tensor
-    """Norm of the state's matrices after the sequence, the mean over batch and heads."""
-    state_norm_init: Tensor
-    """The same of the state the sequence starts from."""
-    finite: Tensor
-    """Share of the keys, values and final state that are finite numbers."""
 
 
 @torch.no_grad()

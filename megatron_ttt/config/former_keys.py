@@ -1,0 +1,47 @@
+"""Keys of before `model.pattern` and `mixers`: recipes and checkpoints still have them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatron_ttt.mixers import MIXERS
+
+FORMER_KEYS = ("layer", "backbone", "mini_batch_size", "ttt_base_lr", "conv_kernel", "rope_theta")
+"""Keys of the model section that are now `model.pattern` and options of mixers."""
+
+
+def in_current_keys(tree: Any, source: str | None) -> Any:
+    """Return a tree in which former keys stand as what they are now.
+
+    A former key meant whatever mixer the layers had; it sets the option of every mixer that has it.
+    source: where the tree is from, for the line on stderr that names the new keys; None: no line.
+    """
+    model = tree.get("model") if isinstance(tree, dict) else None
+    former = {key: model[key] for key in FORMER_KEYS if key in model} if _is_dict(model) else {}
+    if not former:
+        return tree
+    model = {key: value for key, value in model.items() if key not in former}
+    if "layer" in former:
+        model["pattern"] = [former["layer"]]
+    named = {name: mixer.options_of_former_keys(former) for name, mixer in MIXERS.items()}
+    named = {name: options for name, options in named.items() if options}
+    if source is not None:
+        _say_new_keys(source, former, named)
+    given = tree.get("mixers")
+    given = given if _is_dict(given) else {}
+    mixers = {name: {**named.get(name, {}), **(given.get(name) or {})} for name in [*named, *given]}
+    return {**tree, "model": model, **({"mixers": mixers} if mixers else {})}
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _say_new_keys(source: str, former: dict[str, Any], named: dict[str, dict[str, Any]]) -> None:
+    now = [f"model.pattern=[{former['layer']}]"] if "layer" in former else []
+    for option in dict.fromkeys(option for options in named.values() for option in options):
+        owners = [name for name, options in named.items() if option in options]
+        now.append(f"mixers.{'|'.join(owners)}.{option}={named[owners[0]][option]}")
+    old = ", ".join(f"model.{key}" for key in former)
+    print(f"{source}: {old} is now {', '.join(now)}", file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+"""The known mixers: this package's, installed packages', and those of modules a model names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+
+from megatron_ttt.errors import UserError
+from megatron_ttt.mixers.base import Mixer
+
+ENTRY_POINTS = "megatron_ttt.mixers"
+"""The group in which an installed package names its mixers: `NAME = "package.module:MIXER"`."""
+MIXERS: dict[str, Mixer] = {}
+"""Every known mixer by its name in a pattern."""
+
+
+def register_mixer(mixer: Mixer) -> Mixer:
+    """Make a mixer known under its name, and return it.
+
+    Raises ValueError if another mixer has that name.
+    """
+    known = MIXERS.setdefault(mixer.name, mixer)
+    if type(known) is not type(mixer):
+        raise ValueError(f"two mixers are named {mixer.name}: rename one")
+    return mixer
+
+
+def load_mixers(modules: Iterable[str] = ()) -> None:
+    """Register the mixers of installed packages and of these modules.
+
+    A module registers its mixers when it is imported; it is looked up in Python's path and in the
+    current folder. Raises UserError for one that cannot be imported.
+    """
+    _load_entry_points()
+    for module in modules:
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever the module's own code runs into
+            raise UserError(
+                f"model.mixer_modules: cannot import {module}: {' '.join(str(error).split())}"
+            ) from None
+
+
+@cache
+def _load_entry_points() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            register_mixer(point.load())
+        except Exception as error:  # as above
+            raise UserError(
+                f"the mixer {point.name} of an installed package cannot be loaded: "
+                f"{' '.join(str(error).split())}"
+            ) from None
