@@ -110,6 +110,34 @@ def random_official(
     return config, parameters
 
 
+def random_model(
+    pattern: list[str],
+    mixers: dict[str, dict[str, Any]] | None = None,
+    *,
+    seed=0,
+    **model: Any,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A config.json and parameters of a small model, off their initial values, by the mixers' own
+    tables. mixers: options that are not the defaults. model: other fields of its section."""
+    from megatron_ttt.config import ModelConfig
+    from megatron_ttt.hf.configuration import hf_config_of
+    from megatron_ttt.hf.mapping import split
+    from megatron_ttt.mixers import MIXERS
+    from megatron_ttt.stack import Architecture
+
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 96}
+    section = ModelConfig(pattern=pattern, **{**sizes, "vocab_size": 96, **model})
+    options = {name: MIXERS[name].Options(**(mixers or {}).get(name, {})) for name in pattern}
+    architecture = Architecture(section, options)
+    random, parameters = torch.Generator().manual_seed(seed), {}
+    for row in architecture.parameters().values():
+        tensor = torch.empty(row.shape)
+        row.initialiser(tensor, random)
+        tensor += 0.15 * torch.randn(row.shape, generator=random)
+        parameters |= {name: part.clone() for name, part in split(row, tensor)}
+    return hf_config_of(architecture), parameters
+
+
 LAYOUTS = {
     "one": [],
     "tp2": ["parallel.tensor_model_parallel_size=2"],

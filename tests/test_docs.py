@@ -132,7 +132,7 @@ def test_messages_are_found_in_the_code():
     found = build_docs.error_messages()
     assert len(found) > 150
     assert found["training.precision=fp16 is not supported: use bf16 (or fp32)"] == (
-        "megatron_ttt/config.py"
+        "megatron_ttt/config/checks.py"
     )
     assert "… is damaged (…): use another checkpoint" in found
 

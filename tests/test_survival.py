@@ -35,7 +35,9 @@ from megatron_ttt.checkpoint.run_folder import (
     list_checkpoints,
     prune,
 )
+from megatron_ttt.config import config_with_defaults
 from megatron_ttt.errors import UserError
+from megatron_ttt.stack import architecture_of
 
 
 @pytest.fixture(scope="module")

@@ -283,14 +283,16 @@ def test_bad_imports(tmp_path):
     for key, value in (
         ("ttt_layer_type", "gru"),
         ("hidden_act", "gelu"),
-        ("use_gate", False),
+        ("use_gate", "false"),
+        ("mini_batch_size", 0),
+        ("tie_word_embeddings", "yes"),
         ("num_attention_heads", "four"),
         ("model_type", "mamba"),
     ):
         refused(key, import_directory, source({key: value}), output)
     refused("no place for", import_directory, source(tensors={"extra": torch.zeros(1)}), output)
     refused(
-        "only tied heads",
+        "config.json ties them",
         import_directory,
         source(tensors={"lm_head.weight": torch.zeros(96, 64)}),
         output,
