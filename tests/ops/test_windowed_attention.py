@@ -1,8 +1,11 @@
 """Windowed and grouped causal attention against the formula in float64, and its memory."""
 
+import json
+import sys
+
 import pytest
 import torch
-from harness import relative
+from harness import relative, run
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_ttt.mixers.attention.core import CausalAttention
@@ -158,3 +161,13 @@ def test_wrong_arguments_are_refused():
         windowed_attention(q, k, v, 2)
     with pytest.raises(ValueError, match="window=0 is too small"):
         windowed_attention(q, q, q, 0)
+
+
+@pytest.mark.speed
+def test_time_of_a_token_is_flat(tmp_path):
+    """The benchmark runs; a token of four times the length would take full attention four times."""
+    output = tmp_path / "attention.json"
+    run([sys.executable, "benchmarks/windowed_attention.py", "--quick", "--output", output])
+    short, long = json.loads(output.read_text())["cases"]
+    assert long["length"] == 4 * short["length"] and long["window"] == short["window"]
+    assert long["us_per_token"] < 1.5 * short["us_per_token"]
