@@ -33,7 +33,8 @@ def use_results_file() -> None:
 
     Seen in: 0.16.1, 0.19.2
     Symptom: the queue that megatron-core makes for them is a helper process per rank, of a quarter
-        of a gigabyte, which imports torch at the first save and outlives a rank that is killed.
+        of a gigabyte, which imports the main script, and torch with it, at the first save, and
+        outlives a rank that is killed.
     Done: the module's queue is a `ResultsFile` before megatron-core would make its own.
     """
     name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
