@@ -15,21 +15,22 @@ from unittest import mock
 import torch.distributed as dist
 from harness import ROOT
 
-from megatron_ttt.checkpoint import save_errors, writer
+from megatron_ttt.checkpoint import writer
 from megatron_ttt.config import load_config
+from megatron_ttt.platform.mcore_workarounds import saving
 from megatron_ttt.training.trainer import Trainer, start
 
 MOMENTS = {
     "the tree": (writer, "checkpoint_tree", 1),
     "the folder, which is gone": (writer.dist_checkpointing, "save", 0),
-    "objects in bytes": (save_errors, "mcore_to_pyt_state_dict", 1),
-    "the plan": (save_errors.MCoreSavePlanner, "create_local_plan", 1),
-    "copies to write": (save_errors._Writer, "prepare_write_data", 1),
+    "objects in bytes": (saving, "mcore_to_pyt_state_dict", 1),
+    "the plan": (saving.MCoreSavePlanner, "create_local_plan", 1),
+    "copies to write": (saving._Writer, "prepare_write_data", 1),
     "the fork": (writer, "_fork", 1),
     "the checks": (writer, "_write_and_describe", 1),
-    "the tensors' files": (save_errors, "_write_files", 1),
-    "what was written": (save_errors._Writer.__base__, "retrieve_write_results", 1),
-    ".metadata": (save_errors._Writer.__base__, "finish", 0),
+    "the tensors' files": (saving, "_write_files", 1),
+    "what was written": (saving._Writer.__base__, "retrieve_write_results", 1),
+    ".metadata": (saving._Writer.__base__, "finish", 0),
     "publishing": (writer, "publish", 0),
 }
 

@@ -21,10 +21,9 @@ from harness import run
 from small_run import COMMAND, STEPS, begin, losses, small_recipe, steps, wait_for
 
 from megatron_ttt.checkpoint.manifest import find_damage
-from megatron_ttt.checkpoint.save_errors import _of_the_disk
 from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
-from megatron_ttt.platform.compat import ResultsFile
+from megatron_ttt.platform.mcore_workarounds.saving import ResultsFile, _of_the_disk
 from megatron_ttt.training import saving
 from megatron_ttt.training.loggers import JsonLines
 

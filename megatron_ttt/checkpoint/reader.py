@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_ttt.errors import UserError
-from megatron_ttt.platform.compat import reading_with
+from megatron_ttt.platform.mcore_workarounds.loading import reading_with
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"

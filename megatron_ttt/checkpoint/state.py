@@ -30,6 +30,7 @@ from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
 from megatron_ttt.errors import UserError
 from megatron_ttt.platform.compat import mcore_version, reads_checkpoints_of
+from megatron_ttt.platform.mcore_workarounds.saving import with_own_storage
 from megatron_ttt.stack import EMBEDDING, HEAD
 
 _UNKNOWN_FORMAT = (
@@ -81,7 +82,7 @@ def checkpoint_tree(chunks: list[nn.Module], optimizer) -> dict[str, Any]:
         if entry.key.endswith((EMBEDDING, HEAD)):
             _leave_out_padding(entry, chunks[0].real_vocab_size)
         if entry.data.device.type == "cpu":
-            entry.data = _with_own_storage(entry.data)
+            entry.data = with_own_storage(entry.data)
     return tree
 
 
@@ -113,16 +114,6 @@ def _leave_out_padding(entry: ShardedTensor, rows: int) -> None:
     entry.axis_fragmentations = None  # the ranks' parts are not of one size
     if own == 0:
         entry.replica_id = 1  # a copy of nothing, which is not written
-
-
-def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, under a storage that begins and ends with the tensor: megatron-core copies
-    views before it writes them, while training waits."""
-    if not tensor.is_contiguous():
-        return tensor
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[tensor.element_size()])
-    return torch.from_numpy(bits.numpy()).view(tensor.dtype)
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[nn.Module]) -> None:

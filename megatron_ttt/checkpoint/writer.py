@@ -38,12 +38,16 @@ from megatron_ttt.checkpoint.save_errors import (
     OF_THE_MACHINE,
     DeferredErrors,
     SaveError,
-    SaveStrategy,
     one_line,
 )
 from megatron_ttt.checkpoint.state import checkpoint_tree, written_by
 from megatron_ttt.errors import TrainingError, UserError
-from megatron_ttt.platform.compat import ResultsFile, mcore_save_options, use_results_file
+from megatron_ttt.platform.compat import mcore_save_options
+from megatron_ttt.platform.mcore_workarounds.saving import (
+    ResultsFile,
+    SaveStrategy,
+    use_results_file,
+)
 
 
 class Checks(NamedTuple):

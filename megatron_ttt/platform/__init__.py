@@ -1,7 +1,8 @@
 """The one choice between CUDA + NCCL and CPU + gloo.
 
-`start()` is called once, before any megatron-core module is imported. On CUDA it patches nothing;
-on the CPU it installs `cpu.py`, the only file of the package that patches anything.
+`start()` is called once, before anything of megatron-core runs. On the CPU it installs the patches
+of `cpu.py`; on CUDA it patches nothing. What is changed in megatron-core on every device is in
+`mcore_workarounds/`, and is changed where it is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Everything that megatron-core needs to run on CPU + gloo; the only file that patches anything.
+"""Everything that megatron-core needs to run on CPU + gloo.
+
+What it needs on every device is in `mcore_workarounds/`; no other file patches anything.
 
 megatron-core speaks to `torch.cuda` by name. Three pieces give those names a CPU meaning, and one
 keeps away from a fault of gloo:

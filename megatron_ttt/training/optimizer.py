@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -29,6 +28,12 @@ from torch import Tensor, nn
 from megatron_ttt.checkpoint.boxes import cut
 from megatron_ttt.config import Config
 from megatron_ttt.platform.compat import gradients_for_norm
+from megatron_ttt.platform.mcore_workarounds.optimizer import (
+    create_moments,
+    leave_out_step,
+    save_own_shards,
+    use_fused_adamw,
+)
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 """Per parameter: the main parameter and AdamW's two moments."""
@@ -63,62 +68,6 @@ def wrap_chunks(config: Config, chunks: list[nn.Module]) -> list[DistributedData
     return wrapped
 
 
-class ShardSavingOptimizer(DistributedOptimizer):
-    """DistributedOptimizer of which each rank saves and loads what it owns, and no more.
-
-    super() gathers the state of all data-parallel ranks on each of them.
-    """
-
-    def owned_ranges(self) -> dict[nn.Parameter, range]:
-        """The flat range of each parameter that this rank owns; empty where it owns none."""
-        owned = {p: range(0) for buffer in self.buffers for p in buffer.param_index_map}
-        for parameter in self.model_param_gbuf_map:
-            spans = self._get_model_param_range_map(parameter)["param"]
-            owned[parameter] = range(spans.start, spans.end)
-        return owned
-
-    def sharded_param_state_fully_reshardable(
-        self, model_sharded_state_dict, is_loading=False, metadata=None
-    ):
-        """This rank's main parameters and moments as parts of global tensors; views of the state,
-        which loading reads into."""
-        entries, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-        of_parameter = {entry.data: entry for entry in nested_values(entries)}
-        return {
-            number: {
-                kind: cut(of_parameter[parameter], owned, states[kind].detach(), f"{STATE}.{kind}.")
-                for kind in KINDS
-            }
-            for number, (parameter, owned) in enumerate(self.owned_ranges().items())
-            if owned
-            for states in [self._get_main_param_and_optimizer_states(parameter)]
-        }
-
-    def load_parameter_state_from_fully_reshardable(self, state_dict):
-        """Nothing is left to do: the state was read into."""
-
-
-class TorchAdamDistributedOptimizer(ShardSavingOptimizer):
-    """As it must be when it holds torch.optim.AdamW (no TE, no Apex)."""
-
-    def create_state(self) -> None:
-        """Make the moments now. AdamW would at its first step, but saving and loading need them;
-        megatron-core's own remedy is a step on zero gradients, which decays the weights."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-    def load_state_dict(self, state_dict):
-        """super() gives every parameter the same `step` tensor, which then counts each of them."""
-        super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     """AdamW over the wrapped chunks; the learning rate is set each step by the trainer."""
     options = config.optimizer
@@ -142,12 +91,17 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     overrides[ParamKey(attr="keep_fp32")] = ParamGroupOverride(fp32=True)
     optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)
     set_options(optimizer, config)
-    for inner in optimizer.chained_optimizers:
-        inner.__class__ = ShardSavingOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
-        if not HAVE_APEX_OR_TE:
-            inner.create_state()
+    save_own_shards(optimizer, _parts_of_checkpoint)
+    create_moments(optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _parts_of_checkpoint(
+    entry: ShardedTensor | ShardedTensorFactory, owned: range, states: dict[str, Tensor]
+) -> dict[str, dict[str, ShardedTensor]]:
+    """A checkpoint's entries for one parameter's main parameter and moments, by KINDS."""
+    return {kind: cut(entry, owned, states[kind].detach(), f"{STATE}.{kind}.") for kind in KINDS}
 
 
 def set_options(optimizer, config: Config) -> None:
@@ -158,8 +112,7 @@ def set_options(optimizer, config: Config) -> None:
     for group in optimizer.param_groups:
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = (options.beta1, options.beta2), options.eps
-        if not HAVE_APEX_OR_TE:
-            group["fused"] = True
+    use_fused_adamw(optimizer)
 
 
 @torch.no_grad()
@@ -179,7 +132,7 @@ def step_optimizer(optimizer, loss: Tensor) -> tuple[Tensor, Tensor]:
         return norm, skipped
     for inner in optimizer.chained_optimizers:
         _clip(inner, norm, skipped)
-        inner.optimizer.found_inf = skipped
+    leave_out_step(optimizer, skipped)
     optimizer.step_with_ready_grads()
     return norm, skipped
 
