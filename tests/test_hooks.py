@@ -92,7 +92,7 @@ def test_each_method_is_called_when_it_says(build_trainer, recipe, tmp_path, mon
     options += [f"run.dir={tmp_path}", "checkpoint.asynchronous=false"]
     trainer = build_trainer(*recipe, *options, hooks=[progress, hook])
     batch = next(trainer.data.train_batches(0, 1))
-    monkeypatch.setattr(trainer.data, "validation_batches", lambda: batch)
+    monkeypatch.setattr(type(trainer.data), "validation_batches", lambda data: batch)
     assert trainer.train() is None
 
     def step(number: int) -> list[tuple]:

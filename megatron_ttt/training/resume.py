@@ -51,7 +51,7 @@ def find_checkpoint(config: Config, data: dict[str, Any]) -> Checkpoint | None:
 
 
 def restore(
-    checkpoint: Checkpoint, config: Config, chunks: list[nn.Module], optimizer
+    checkpoint: Checkpoint, chunks: list[nn.Module], optimizer, config: Config
 ) -> tuple[int, int]:
     """Load a checkpoint and set aside those after it; return its step, and how many steps had been
     skipped by then: 0, 0 for one of weights alone.

@@ -64,7 +64,7 @@ class Trainer:
         # Everything a user can have got wrong is looked at before the slow building.
         check_loggers(config)
         self.data_fingerprints = run_on_rank0(lambda: fingerprints(data_files(config)))
-        self.resume_from = find_checkpoint(config, self.data_fingerprints)
+        checkpoint = self.resume_from = find_checkpoint(config, self.data_fingerprints)
         self.data = open_data(config)
         for note in self.data.notes:
             log_on_rank0(note)
@@ -77,12 +77,10 @@ class Trainer:
         self.step = self.skipped_steps = self.bad_steps_in_a_row = 0
         self.last_validation = -1, math.nan  # step, loss
         self.saver = Saver(config, platform.device, stop)
-        if self.resume_from is not None:
-            self.step, self.skipped_steps = restore(
-                self.resume_from, config, self.chunks, self.optimizer
-            )
-        # A step's figures are complete before they are logged, and logged before a check raises;
-        # a checkpoint is published after the checks.
+        if checkpoint is not None:
+            self.step, self.skipped_steps = restore(checkpoint, self.chunks, self.optimizer, config)
+        # In this order: figures are complete before they are logged, and logged before a check
+        # ends the run; what the checks find comes before the next checkpoint is published.
         log = MetricsLog(config, platform)
         self.hooks = [InnerMetrics(), *hooks, log, AnomalyWatch(), ReplicaCheck(), self.saver]
 
@@ -92,23 +90,20 @@ class Trainer:
         Returns why the run stopped before that, in words; it has saved then. Raises TrainingError
         for a run that cannot go on.
         """
-        error = None
         try:
             for hook in self.hooks:
                 hook.on_train_start(self)
             reason = self._run_steps()
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
+        except BaseException as error:
             for hook in self.hooks:
                 hook.on_train_end(self, error)
+            raise
+        for hook in self.hooks:
+            hook.on_train_end(self, None)
         reason = self.saver.finish(self.step, reason, self._stop_reason)
         if reason is not None:
-            log_on_rank0(
-                f"Stopped at step {self.step} of {self._last_step}: {reason}. The same command "
-                "goes on"
-            )
+            at = f"step {self.step} of {self._last_step}"
+            log_on_rank0(f"Stopped at {at}: {reason}. The same command goes on")
         return reason
 
     def _run_steps(self) -> str | None:
@@ -117,9 +112,8 @@ class Trainer:
         if self.step >= last:
             log_on_rank0(f"Nothing to do: step {self.step} of {last} is behind")
         batches = self.data.train_batches(self.step, last)
-        reason = None
-        if self.step < last:
-            reason = self._stop_reason()  # during start-up: there is nothing new to save
+        # A signal during start-up: there is nothing new to save.
+        reason = self._stop_reason() if self.step < last else None
         while self.step < last and reason is None:
             for hook in self.hooks:
                 hook.on_step_start(self)
