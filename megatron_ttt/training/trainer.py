@@ -214,8 +214,7 @@ class Trainer:
         return bool(every) and self.step % every == 0
 
     def _run(self, microbatches: list[Tensor], *, forward_only: bool = False) -> Tensor:
-        """The loss of a global batch, of which these are this rank's microbatches: a scalar on the
-        device."""
+        """Return the global batch's loss, a scalar on the device."""
         ignored_target_id, device = self.data.ignored_target_id, self.platform.device
         return run_batches(
             self.ddp_chunks, microbatches, ignored_target_id, device, forward_only=forward_only
