@@ -82,16 +82,17 @@ def main() -> int:
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch.distributed as dist
 
+    from megatron_ttt.process import prepare_process
     from megatron_ttt.training.lost_ranks import Progress, naming_lost_ranks
     from megatron_ttt.training.run_lock import exclusive_run_dir
-    from megatron_ttt.training.trainer import Trainer, start
+    from megatron_ttt.training.trainer import Trainer
 
     progress = Progress()
     with naming_lost_ranks(progress):
-        platform = start(config)
+        platform = prepare_process(config)
         # While rank 0 waits for a run before to end, the others wait for rank 0.
         with exclusive_run_dir(Path(config.run.dir), 60 * config.run.timeout_minutes / 2, stop):
-            trainer = Trainer(config, platform, stop, progress)
+            trainer = Trainer(config, platform, stop, hooks=[progress])
             # What stands now lives as long as the run: saves need not collect among it.
             gc.freeze()
             try:

@@ -62,7 +62,8 @@ def measure(recipe: str, overrides: list[str]) -> dict:
 
     from megatron_ttt.config import load_config
     from megatron_ttt.planning import memory_per_rank
-    from megatron_ttt.training.trainer import Trainer, start
+    from megatron_ttt.process import prepare_process
+    from megatron_ttt.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         batches = Path(folder) / "batches.npy"
@@ -79,7 +80,7 @@ def measure(recipe: str, overrides: list[str]) -> dict:
         shape = STEPS, training.micro_batch_size, training.seq_length + 1
         ids = np.random.default_rng(0).integers(2, config.model.vocab_size, shape)
         np.save(batches, ids)
-        platform = start(config)
+        platform = prepare_process(config)
         before, code_before = resident_bytes()
         trainer = Trainer(config, platform)
         for step_ids in torch.from_numpy(ids):

@@ -31,7 +31,8 @@ from megatron_ttt.checkpoint.state import load_checkpoint
 from megatron_ttt.checkpoint.verification import damage_found_together
 from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import load_config
-from megatron_ttt.training.trainer import Trainer, start
+from megatron_ttt.process import prepare_process
+from megatron_ttt.training.trainer import Trainer
 
 RECIPE = Path(__file__).parent.parent / "yaml_recipes/ttt_linear_125m.yaml"
 SEQUENCE = 64
@@ -78,7 +79,7 @@ def measure(folder: Path, pairs: int, overrides: list[str]) -> dict:
         "checkpoint.keep=1",
     ]
     config = load_config([RECIPE], [*common, *overrides])
-    trainer = Trainer(config, start(config))
+    trainer = Trainer(config, prepare_process(config))
     gc.freeze()  # as pretrain_ttt.py does
     batch = next(trainer.data.train_batches(0, 1))
     writers = {

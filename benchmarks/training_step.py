@@ -51,7 +51,8 @@ class StepBenchmark:
                 self._release()  # the trainer, which only now is no one's
 
     def _measure(self, recipe: str, length: int, sequences: int) -> dict:
-        from megatron_ttt.training.trainer import Trainer, start
+        from megatron_ttt.process import prepare_process
+        from megatron_ttt.training.trainer import Trainer
 
         with tempfile.TemporaryDirectory() as folder:
             tokens = Path(folder) / "tokens.npy"
@@ -74,7 +75,7 @@ class StepBenchmark:
                 0, config.model.vocab_size, (1, sequences, length + 1)
             )
             np.save(tokens, batch)
-            self.platform = self.platform or start(config)
+            self.platform = self.platform or prepare_process(config)
             trainer = Trainer(config, self.platform)
             microbatches = [torch.from_numpy(batch[0])]
             if self.device == "cuda":

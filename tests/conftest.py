@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -73,14 +74,15 @@ def cpu_platform():
 
 @pytest.fixture(scope="session")
 def build_trainer(cpu_platform):
-    """A trainer of the CPU's debug recipe in this process, from overrides."""
+    """A trainer of the CPU's debug recipe in this process, from overrides and hooks."""
     from harness import ROOT
 
     from megatron_ttt.config import load_config
+    from megatron_ttt.training.hooks import Hook
     from megatron_ttt.training.trainer import Trainer
 
-    def build(*overrides: str) -> Trainer:
+    def build(*overrides: str, hooks: Sequence[Hook] = ()) -> Trainer:
         config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], [*overrides, "run.device=cpu"])
-        return Trainer(config, cpu_platform)
+        return Trainer(config, cpu_platform, hooks=hooks)
 
     return build

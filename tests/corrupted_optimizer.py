@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from megatron_ttt.config import load_config
 from megatron_ttt.errors import TrainingError
+from megatron_ttt.process import prepare_process
 from megatron_ttt.training.optimizer import gather_parameters
 from megatron_ttt.training.optimizer_checks import shards
-from megatron_ttt.training.trainer import Trainer, start
+from megatron_ttt.training.trainer import Trainer
 
 what, *overrides = sys.argv[1:]
 config = load_config(["yaml_recipes/debug_cpu.yaml"], overrides)
-trainer = Trainer(config, start(config))
+trainer = Trainer(config, prepare_process(config))
 trainer.train_step(next(trainer.data.train_batches(0, 1)))
 gather_parameters(trainer.ddp_chunks)
 held = {name: shard for name, _, shard in shards(trainer.chunks, trainer.optimizer)}

@@ -6,13 +6,13 @@ import torch.distributed as dist
 
 from megatron_ttt.config import load_config
 from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
+from megatron_ttt.process import prepare_process
 from megatron_ttt.stack import architecture_of
 from megatron_ttt.training.optimizer import build_optimizer, wrap_chunks
 from megatron_ttt.training.optimizer_checks import compute_checksums, differing_weights
-from megatron_ttt.training.trainer import start
 
 config = load_config(["yaml_recipes/debug_cpu.yaml"], sys.argv[1:])
-platform = start(config)
+platform = prepare_process(config)
 chunks = build_chunks(config, make_transformer_config(config, platform))
 for chunk in chunks:
     initialise_weights(chunk, architecture_of(config), seed=0)

@@ -18,7 +18,8 @@ from harness import ROOT
 from megatron_ttt.checkpoint import writer
 from megatron_ttt.config import load_config
 from megatron_ttt.platform.mcore_workarounds import saving
-from megatron_ttt.training.trainer import Trainer, start
+from megatron_ttt.process import prepare_process
+from megatron_ttt.training.trainer import Trainer
 
 MOMENTS = {
     "the tree": (writer, "checkpoint_tree", 1),
@@ -48,7 +49,7 @@ def failing(owner, name: str, rank: int) -> Iterator[None]:
 def main() -> None:
     output, *overrides = sys.argv[1:]
     config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
-    trainer = Trainer(config, start(config))
+    trainer = Trainer(config, prepare_process(config))
     batches = trainer.data.train_batches(0, config.training.steps)
     trainer.train_step(next(batches))
     said = {}

@@ -23,7 +23,8 @@ from megatron_ttt.checkpoint.reader import read_metadata
 from megatron_ttt.checkpoint.run_folder import open_checkpoint
 from megatron_ttt.checkpoint.state import load_checkpoint
 from megatron_ttt.config import load_config
-from megatron_ttt.training.trainer import Trainer, start
+from megatron_ttt.process import prepare_process
+from megatron_ttt.training.trainer import Trainer
 
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single"),
@@ -72,7 +73,7 @@ def measured(work: Callable[[], object]) -> dict[str, int]:
 def main() -> None:
     output, *overrides = sys.argv[1:]
     config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
-    trainer = Trainer(config, start(config))
+    trainer = Trainer(config, prepare_process(config))
     trainer.save()  # what is imported and made once
     trainer.saver.wait()
     trainer.step = 1

@@ -70,11 +70,12 @@ def watch_everything() -> None:
 
 def main() -> None:
     from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer, start
+    from megatron_ttt.process import prepare_process
+    from megatron_ttt.training.trainer import Trainer
 
     output, recipe, *overrides = sys.argv[1:]
     config = load_config([recipe], overrides)
-    trainer = Trainer(config, start(config))
+    trainer = Trainer(config, prepare_process(config))
     training = config.training
     microbatches = training.global_batch_size // (
         training.micro_batch_size * dist.get_world_size() // config.parallel.model_parallel_size

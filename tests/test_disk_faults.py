@@ -26,6 +26,7 @@ from megatron_ttt.errors import TrainingError
 from megatron_ttt.platform.mcore_workarounds.saving import ResultsFile, _of_the_disk
 from megatron_ttt.training import saving
 from megatron_ttt.training.loggers import JsonLines
+from megatron_ttt.training.metrics import MetricsLog
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +190,15 @@ def test_metrics_wait_for_room(build, whole, small_disk, capsys):
     run_dir = small_disk / "run"
     take_up(whole, run_dir)
     trainer = build(f"run.dir={run_dir}")
-    with trainer._open_log() as log:
-        assert len(log_lines(run_dir)) == 2
-        ballast = fill(small_disk, 0)
-        for step in range(3, 60):
-            log.step(step, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, 0)
-        assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left") == 1
-        ballast.unlink()
+    log = MetricsLog(trainer.config, trainer.platform)
+    log.on_train_start(trainer)
+    assert len(log_lines(run_dir)) == 2
+    ballast = fill(small_disk, 0)
+    for trainer.step in range(3, 60):
+        log.on_step_end(trainer, {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0}, [])
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left") == 1
+    ballast.unlink()
+    log.on_train_end(trainer, None)
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, 60))
 
 
@@ -260,9 +263,10 @@ def test_old_checkpoints_go_behind_training(build, tmp_path, monkeypatch):
     assert steps(run_dir) == [3] and not list(run_dir.glob(".*"))
 
 
-def save_behind(trainer, look) -> None:
+def save_behind(monkeypatch, trainer, look) -> None:
     """Save in the background, in whose process the checks are computed; give it a minute."""
-    trainer.monitor.checks = lambda step: Checks(look, lambda seen: {"seen": seen})
+    checks = Checks(look, lambda seen: {"seen": seen})
+    monkeypatch.setattr(saving, "save_checks", lambda *arguments: checks)
     trainer.save()
     (process,) = multiprocessing.active_children()
     process.join(60)
@@ -270,14 +274,14 @@ def save_behind(trainer, look) -> None:
     trainer.saver.wait()
 
 
-def test_a_writer_in_the_background_has_no_threads_to_wait_for(build, tmp_path):
+def test_a_writer_in_the_background_has_no_threads_to_wait_for(build, tmp_path, monkeypatch):
     """OpenMP's threads are not in a fork; what needs them would wait for ever."""
     trainer = build(f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true")
     threads, many = torch.get_num_threads(), torch.ones(1 << 22)
     torch.set_num_threads(2)
     try:
         many.sum()
-        save_behind(trainer, lambda: int(many.sum()))
+        save_behind(monkeypatch, trainer, lambda: int(many.sum()))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -285,8 +289,8 @@ def test_a_writer_in_the_background_has_no_threads_to_wait_for(build, tmp_path):
     assert state["seen"] == 1 << 22
 
 
-def test_a_writer_in_the_background_that_is_killed(build, tmp_path, capsys):
+def test_a_writer_in_the_background_that_is_killed(build, tmp_path, capsys, monkeypatch):
     trainer = build(f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true")
-    save_behind(trainer, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    save_behind(monkeypatch, trainer, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert "checkpoint-0 was not saved (rank 0: " in capsys.readouterr().out
     assert list((tmp_path / "run").iterdir()) == []

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROOT, environment, run, start
+from harness import environment, run, start
 from small_run import STEPS, small_recipe
 
-from megatron_ttt.config import load_config
 from megatron_ttt.training.live import sparkline
 from megatron_ttt.training.metrics import MetricsLog, duration
+from megatron_ttt.training.monitor import AnomalyWatch
+from megatron_ttt.training.saving import Saver
 
 COMMAND = [sys.executable, "pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml"]
 FIGURES = {"loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "data_wait_share"}
@@ -83,29 +84,33 @@ def test_looking_at_the_inner_loop_changes_nothing(recipe, taken_up_again, tmp_p
 
 
 def test_saves_do_not_count_in_the_rate(build_trainer, recipe, tmp_path, monkeypatch):
-    from megatron_ttt.training.trainer import Trainer
-
     clock, saved = time.perf_counter, []
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e6 * len(saved))
-    monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
+    monkeypatch.setattr(
+        Saver, "save", lambda saver, chunks, optimizer, state, **rest: saved.append(state["step"])
+    )
     overrides = [f"run.dir={tmp_path}", "logging.live=false", "training.log_every=100"]
     build_trainer(*recipe, *overrides).train()
     assert saved == [3, 6, 8]
     assert all(record["tokens_per_second"] > 1 for record in records(tmp_path))
 
 
-def test_the_time_left_counts_validations_and_saves(tmp_path, monkeypatch, capsys):
+def test_the_time_left_counts_validations_and_saves(
+    build_trainer, recipe, tmp_path, monkeypatch, capsys
+):
     now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     overrides = [f"run.dir={tmp_path}", "training.steps=100", "training.log_every=1"]
-    config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], overrides)
-    with MetricsLog(config, 0, None, 1.0) as log:
-        for step in (1, 2, 3, 4):
-            now[0] += 60 if step == 1 else 2  # the first compiles
-            log.step(step, {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0}, 0)
-            if step == 2:
-                now[0] += 30
-                log.validation(step, 1.0)
+    trainer = build_trainer(*recipe, *overrides, "logging.live=false")
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    log = MetricsLog(trainer.config, trainer.platform)
+    log.on_train_start(trainer)
+    for trainer.step in (1, 2, 3, 4):
+        now[0] += 60 if trainer.step == 1 else 2  # the first compiles
+        log.on_step_end(trainer, {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0}, [])
+        if trainer.step == 2:
+            now[0] += 30
+            log.on_validation_end(trainer, 1.0)
+    log.on_train_end(trainer, None)
     # Of 99, 98, 97 and 96 steps; with the validation three took 36 seconds.
     left = [60 * 99, 2 * 98, 34 / 2 * 97, 36 / 3 * 96]
     assert re.findall(r"eta=(\S+)", capsys.readouterr().out) == [*map(duration, left)]
@@ -232,16 +237,19 @@ def test_a_report_of_the_inner_loop_where_something_is_wrong(
     trainer = build_trainer(*recipe, f"run.dir={tmp_path}", "training.max_bad_steps=100")
     microbatches = next(trainer.data.train_batches(0, STEPS))
     figures = trainer.train_step(microbatches)
-    trainer.monitor.after_step(1, figures, microbatches, bad_steps=0)
+    watch = AnomalyWatch()
+    watch.on_step_end(trainer, figures, microbatches)
     assert capsys.readouterr().out == ""
     mixer = trainer.chunks[0].decoder.layers[1].self_attention
     mixer.W1.data[0, 0, 0] = math.nan
     mixer.learnable_token_idx.data[2:6] = -1
-    trainer.monitor.after_step(2, figures, microbatches, bad_steps=1)
+    trainer.step, trainer.bad_steps_in_a_row = 2, 1
+    watch.on_step_end(trainer, figures, microbatches)
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "The inner loop at step 2:" and len(table) == 4
     assert table[2].endswith("100.0%") and " 0% " in table[2]
     assert "nan" in table[3] and " 25% " in table[3] and not table[3].endswith("100.0%")
     # Not again at once.
-    trainer.monitor.after_step(3, figures, microbatches, bad_steps=2)
+    trainer.step, trainer.bad_steps_in_a_row = 3, 2
+    watch.on_step_end(trainer, figures, microbatches)
     assert capsys.readouterr().out == ""

@@ -96,7 +96,7 @@ def test_a_folder_that_is_removed(trainer, capfd, monkeypatch, moment):
             removing.setattr(writer.dist_checkpointing, "save", partial(remove, save))
         else:
             checks = Checks(compute=remove, compare=lambda seen: {})
-            removing.setattr(trainer.monitor, "checks", lambda step: checks)
+            removing.setattr(saving, "save_checks", lambda *arguments: checks)
         check_failed(trainer, capfd, "[Errno 2] No such file or directory")
     check_next(trainer)
 

@@ -14,6 +14,7 @@ from small_run import begin, begin_torchrun, losses, small_recipe, steps, wait_f
 from megatron_ttt.config import load_config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf import background
+from megatron_ttt.training.hooks import Hook
 from megatron_ttt.training.saving import Saver
 from megatron_ttt.training.stopping import LAUNCHER, SIGNALS, StopRequests
 
@@ -46,6 +47,21 @@ def test_the_launch_script_ends_its_processes_by_sighup(handlers, monkeypatch):
     monkeypatch.setenv(LAUNCHER, str(os.getpid()))
     StopRequests()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+class SignalInSave(Hook):
+    """Sends this process SIGTERM while it saves."""
+
+    def on_save_start(self, trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_during_a_save_is_not_followed_by_a_step(handlers, build_trainer, tmp_path):
+    overrides = [*small_recipe(tmp_path), f"run.dir={tmp_path}/run"]
+    trainer = build_trainer(*overrides, hooks=[SignalInSave()])
+    trainer.stop = StopRequests()
+    assert trainer.train() == "SIGTERM was received"
+    assert steps(tmp_path / "run") == [trainer.step] == [3]
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def options(folder: Path) -> list[str]:
 @pytest.fixture
 def commands(honest, cpu_platform, build_trainer, monkeypatch, tmp_path):
     """The commands that read a checkpoint, in this process; each returns its exit code."""
-    monkeypatch.setattr("megatron_ttt.training.trainer.start", lambda config: cpu_platform)
+    monkeypatch.setattr("megatron_ttt.process.prepare_process", lambda config: cpu_platform)
 
     def tool(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])

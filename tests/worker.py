@@ -52,10 +52,10 @@ def import_case(case: dict) -> None:
 def evaluate_case(case: dict) -> None:
     """Logits and gradients of a checkpoint."""
     from megatron_ttt import evaluation
-    from megatron_ttt.training.trainer import start
+    from megatron_ttt.process import prepare_process
 
     config = evaluation.evaluation_config(case["evaluate"], case["overrides"])
-    platform = start(config)
+    platform = prepare_process(config)
     dtype = getattr(torch, case["dtype"])
     evaluator = evaluation.Evaluator(config, platform, case["evaluate"], dtype)
     ids = evaluation.read_input_ids(Path(case["input_ids"]), config.model.vocab_size)
@@ -68,11 +68,11 @@ def evaluate_case(case: dict) -> None:
 def statistics_case(case: dict) -> None:
     """The inner loop's statistics of a checkpoint, which every rank must see alike."""
     from megatron_ttt import evaluation
+    from megatron_ttt.process import prepare_process
     from megatron_ttt.training.inner_loop import observe_inner_loop
-    from megatron_ttt.training.trainer import start
 
     config = evaluation.evaluation_config(case["statistics"], case["overrides"])
-    platform = start(config)
+    platform = prepare_process(config)
     dtype = getattr(torch, case["dtype"])
     evaluator = evaluation.Evaluator(config, platform, case["statistics"], dtype)
     ids = evaluation.read_input_ids(Path(case["input_ids"]), config.model.vocab_size)
@@ -97,10 +97,11 @@ def statistics_case(case: dict) -> None:
 def train_case(case: dict) -> None:
     """One training run, from building to its last step."""
     from megatron_ttt.config import load_config
-    from megatron_ttt.training.trainer import Trainer, start
+    from megatron_ttt.process import prepare_process
+    from megatron_ttt.training.trainer import Trainer
 
     config = load_config(case["train"], case["overrides"])
-    platform = start(config)
+    platform = prepare_process(config)
     trainer = Trainer(config, platform)
     tensors, problems = {}, []
     if case.get("gradients"):

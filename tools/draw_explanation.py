@@ -85,11 +85,11 @@ def inner_losses(checkpoint: Path) -> dict[str, list[list[float]]]:
     means over heads and validation sequences."""
     from megatron_ttt import evaluation
     from megatron_ttt.data.batches import open_data
+    from megatron_ttt.process import prepare_process
     from megatron_ttt.training.inner_loop import observe_inner_loop
-    from megatron_ttt.training.trainer import start
 
     config = evaluation.evaluation_config(str(checkpoint), ["run.device=cpu"])
-    evaluator = evaluation.Evaluator(config, start(config), str(checkpoint), None)
+    evaluator = evaluation.Evaluator(config, prepare_process(config), str(checkpoint), None)
     batches = open_data(config, train=False).validation_batches()
 
     def read() -> None:

@@ -65,13 +65,13 @@ def main() -> None:
     import torch.distributed as dist
 
     from megatron_ttt import evaluation
-    from megatron_ttt.training.trainer import start
+    from megatron_ttt.process import prepare_process
 
     if arguments.hf:
         config = evaluation.official_config(arguments.hf, arguments.overrides)
     else:
         config = evaluation.evaluation_config(arguments.checkpoint, arguments.overrides)
-    platform = start(config)
+    platform = prepare_process(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.hf:
         evaluator = evaluation.OfficialEvaluator(arguments.hf, platform, dtype)

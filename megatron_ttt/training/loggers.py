@@ -30,6 +30,14 @@ def log_line(message: str) -> None:
         print(message, file=sys.stdout, flush=True)
 
 
+def log_on_rank0(message: str) -> None:
+    """Print a line of the training log on rank 0 alone."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        log_line(message)
+
+
 class Logger(Protocol):
     """One place that records go to."""
 

@@ -8,10 +8,15 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron_ttt.errors import LostRankError
+from megatron_ttt.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from megatron_ttt.training.trainer import Trainer
 
 ROLL_CALL_SECONDS = 5.0
 """The ranks that wait in vain give up at about the same time: so long until one counts as lost."""
@@ -20,11 +25,24 @@ _SIGNS = ("gloo", "timed out", "timeout", "connection closed", "connection reset
 
 
 @dataclass
-class Progress:
-    """What this process is at, kept up to date by who does it."""
+class Progress(Hook):
+    """What this process is doing, and at which step."""
 
     step: int = 0
     doing: str = "starting up"
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        self.step, self.doing = trainer.step + 1, "training"
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        self.doing = "validating"
+
+    def on_save_start(self, trainer: Trainer) -> None:
+        self.doing = "saving"
+
+    def on_train_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if error is None:
+            self.doing = "exporting"
 
 
 @contextlib.contextmanager

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_ttt.config import Config
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ttt.checkpoint.manifest import replace_durably
+from megatron_ttt.config import Config, to_yaml
+from megatron_ttt.errors import UserError, run_on_rank0
+from megatron_ttt.planning import peak_flops, training_flops_per_token
 from megatron_ttt.planning.cost import GIB
+from megatron_ttt.platform import Platform
+from megatron_ttt.stack import architecture_of
+from megatron_ttt.training.hooks import Hook
 from megatron_ttt.training.live import LiveView
-from megatron_ttt.training.loggers import log_line, open_loggers
+from megatron_ttt.training.loggers import Logger, log_line, open_loggers
+
+if TYPE_CHECKING:
+    from megatron_ttt.training.trainer import Trainer
 
 
-class MetricsLog:
-    """Rank 0's log of a run; a context manager that closes what it opened.
+class MetricsLog(Hook):
+    """The log of a run, beside its resolved configuration, which rank 0 alone writes.
 
     A step's record: loss, lr, grad_norm, ttt_lr_mult (TTT), skipped_steps (if any), seconds,
     data_wait_share (of them), tokens, tokens_per_second, mfu (where the GPU's peak is known),
@@ -21,25 +35,35 @@ class MetricsLog:
     val_loss.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        first_step: int,
-        peak_flops: float | None,
-        flops_per_token: float,
-    ):
-        """first_step: the step the run goes on from. peak_flops: of all devices together."""
+    def __init__(self, config: Config, platform: Platform):
         training = config.training
+        self.config, self.platform = config, platform
+        self.is_first_rank = dist.get_rank() == 0
         self.log_every, self.last_step = training.log_every, training.exit_step or training.steps
         self.tokens_per_step = training.global_batch_size * training.seq_length
-        self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
-        self.loggers = open_loggers(config, first_step)
-        self.live = LiveView.open(config, first_step) if config.logging.live else None
+        self.flops_per_token = training_flops_per_token(
+            architecture_of(config), training.seq_length
+        )
+        self.peak_flops = None  # of all devices together
+        if platform.kind == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+            self.peak_flops = peak * dist.get_world_size()
+        self.loggers: list[Logger] = []
+        self.live: LiveView | None = None
         self.first_step_done: tuple[int, float] | None = None
-        self.restart_rate()
+        self._restart_rate()
 
-    def step(self, step: int, figures: dict[str, float], memory_bytes: int) -> None:
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Open the log; raise UserError on all ranks where that fails."""
+        run_on_rank0(lambda: self._open(trainer.step))
+        self._restart_rate()
+
+    def on_step_end(
+        self, trainer: Trainer, figures: dict[str, float], microbatches: list[Tensor]
+    ) -> None:
         """Record a training step; print the first, the last and every `training.log_every`."""
+        if not self.is_first_rank:
+            return
+        step = trainer.step
         self.steps_since += 1
         now = time.perf_counter()
         rate = self.steps_since * self.tokens_per_step / (now - self.since)
@@ -47,7 +71,7 @@ class MetricsLog:
         record["tokens_per_second"] = round(rate, 1)
         if self.peak_flops:
             record["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
-        record["memory_gib"] = round(memory_bytes / GIB, 3)
+        record["memory_gib"] = round(self.platform.peak_memory_bytes() / GIB, 3)
         self._write(record)
         seconds_left = self._seconds_left(step, now, self.tokens_per_step / rate)
         if self.live is not None:
@@ -55,33 +79,48 @@ class MetricsLog:
         if step % self.log_every == 0 or step in (1, self.last_step):
             if self.live is None:
                 log_line(f"Step {step}: {_in_words(record)}, eta={duration(seconds_left)}")
-            self.restart_rate()
+            self._restart_rate()
 
-    def validation(self, step: int, loss: float) -> None:
+    def on_validation_end(self, trainer: Trainer, loss: float) -> None:
         """Record a validation loss."""
-        self._write({"step": step, "val_loss": loss})
-        log_line(
-            f"Validation at step {step}: loss={loss:.4f}, perplexity={math.exp(min(loss, 50)):.2f}"
-        )
-        self.restart_rate()
+        if not self.is_first_rank:
+            return
+        self._write({"step": trainer.step, "val_loss": loss})
+        perplexity = math.exp(min(loss, 50))
+        log_line(f"Validation at step {trainer.step}: loss={loss:.4f}, perplexity={perplexity:.2f}")
+        self._restart_rate()
 
-    def restart_rate(self) -> None:
-        """Tokens per second are of the steps from now on; call it after what is no step."""
-        self.since, self.steps_since = time.perf_counter(), 0
-
-    def flush(self) -> None:
-        """Before a save: what is recorded must outlive this process, as the checkpoint does."""
+    def on_save_start(self, trainer: Trainer) -> None:
+        """Flush: what is recorded must outlive this process, as the checkpoint does."""
         for logger in self.loggers:
             logger.flush()
 
-    def __enter__(self) -> MetricsLog:
-        return self
+    def on_save_end(self, trainer: Trainer) -> None:
+        """Leave the save out of the tokens per second."""
+        self._restart_rate()
 
-    def __exit__(self, kind, error, trace) -> None:
+    def on_train_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        """Close what was opened."""
         if self.live is not None:
             self.live.close()
         for logger in self.loggers:
             logger.close(failed=error is not None)
+
+    def _open(self, first_step: int) -> None:
+        """On rank 0. first_step: the step the run goes on from."""
+        run_dir = Path(self.config.run.dir)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            replace_durably(run_dir / "config.yaml", to_yaml(self.config))
+        except OSError as error:
+            raise UserError(f"cannot write to run.dir={run_dir}: {error.strerror}") from None
+        self.loggers = open_loggers(self.config, first_step)
+        if self.config.logging.live:
+            self.live = LiveView.open(self.config, first_step)
+
+    def _restart_rate(self) -> None:
+        """Tokens per second are of the steps from now on; call it after what is no step."""
+        self.since, self.steps_since = time.perf_counter(), 0
 
     def _seconds_left(self, step: int, now: float, seconds_per_step: float) -> float:
         """At the pace since this process's first step, which compiles: with validations and saves,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_ttt.checkpoint.run_folder import Checkpoint
+from megatron_ttt.checkpoint.writer import Checks
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.model import global_parameters
 from megatron_ttt.stack import EMBEDDING
@@ -118,6 +121,31 @@ def compare_checksums(seen: RankChecksums, step: int, device: torch.device) -> d
                 "memory or network is faulty; resume from the last checkpoint on other machines"
             )
     return to_json(sums)
+
+
+def save_checks(chunks: list[nn.Module], optimizer, step: int, device: torch.device) -> Checks:
+    """Return the checks of a save with current weights: are copies what they must be, and what is
+    in the optimizer, for state.json. They raise TrainingError where that cannot be published."""
+    return Checks(
+        compute=partial(compute_checksums, chunks, optimizer),
+        compare=lambda seen: {"optimizer_checksums": compare_checksums(seen, step, device)},
+    )
+
+
+def check_loaded(checkpoint: Checkpoint, chunks: list[nn.Module], optimizer) -> None:
+    """Raise TrainingError unless the optimizer is what it was when the checkpoint was saved.
+    Collective."""
+    saved = checkpoint.state.get("optimizer_checksums")
+    if saved is None:
+        return
+    seen = compute_checksums(chunks, optimizer)
+    device = next(chunks[0].parameters()).device
+    loaded = to_json(optimizer_checksums(seen, device)[0])
+    if difference := first_difference(saved, loaded):
+        raise TrainingError(
+            f"{checkpoint.path} does not give back the optimizer that was saved ({difference} "
+            "differs): it was damaged in memory; go back to an earlier one (checkpoint.load)"
+        )
 
 
 def differing_weights(seen: RankChecksums, device: torch.device) -> list[str]:

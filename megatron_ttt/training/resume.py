@@ -1,11 +1,11 @@
-"""Which checkpoint a run goes on from, and what becomes of those after it."""
+"""Which checkpoint a run goes on from, loading it, and what becomes of those after it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch import nn
 
 from megatron_ttt.checkpoint.run_folder import (
     Checkpoint,
@@ -16,14 +16,16 @@ from megatron_ttt.checkpoint.run_folder import (
     remove_leftovers,
     write_pointer,
 )
-from megatron_ttt.checkpoint.state import check_versions
+from megatron_ttt.checkpoint.state import check_versions, load_checkpoint, load_weights
 from megatron_ttt.checkpoint.verification import damage_found_together, open_whole_together
 from megatron_ttt.config import Config
 from megatron_ttt.data.fingerprint import check_unchanged
 from megatron_ttt.errors import UserError, run_on_rank0
 from megatron_ttt.hf.background import remove_unfinished
 from megatron_ttt.stack import architecture_of
-from megatron_ttt.training.loggers import log_line
+from megatron_ttt.training.loggers import log_line, log_on_rank0
+from megatron_ttt.training.optimizer import set_options
+from megatron_ttt.training.optimizer_checks import check_loaded
 from megatron_ttt.training.resume_checks import check_resume
 
 
@@ -35,7 +37,7 @@ def find_checkpoint(config: Config, data: dict[str, Any]) -> Checkpoint | None:
     """
     run_dir, load = Path(config.run.dir), config.checkpoint.load
     listed = run_on_rank0(lambda: _tidy(run_dir))
-    checkpoint = find_newest(listed, _say_once, damage_found_together)
+    checkpoint = find_newest(listed, log_on_rank0, damage_found_together)
     if load == "none" and checkpoint is not None:
         raise UserError(
             f"checkpoint.load=none, but {checkpoint.path} exists: set another run.dir, or "
@@ -47,6 +49,29 @@ def find_checkpoint(config: Config, data: dict[str, Any]) -> Checkpoint | None:
             checkpoint = named
     run_on_rank0(lambda: _check(checkpoint, config, data))
     return checkpoint
+
+
+def restore(
+    checkpoint: Checkpoint, chunks: list[nn.Module], optimizer, config: Config
+) -> tuple[int, int]:
+    """Load a checkpoint and set aside those after it; return its step, and how many steps had been
+    skipped by then: 0, 0 for one of weights alone.
+
+    chunks: unwrapped. Raises TrainingError where the optimizer is not what was saved. Collective.
+    """
+    step = skipped_steps = 0
+    if checkpoint.state["has_optimizer"]:
+        load_checkpoint(checkpoint, config, chunks, optimizer)
+        set_options(optimizer, config)
+        check_loaded(checkpoint, chunks, optimizer)
+        step, skipped_steps = checkpoint.step, checkpoint.state.get("skipped_steps", 0)
+    else:
+        load_weights(checkpoint, chunks)
+        optimizer.reload_model_params()
+    log_on_rank0(f"Resumed from {checkpoint.path} at step {step}")
+    if is_own(checkpoint, Path(config.run.dir)):
+        run_on_rank0(lambda: _quarantine_later_checkpoints(checkpoint))
+    return step, skipped_steps
 
 
 def _tidy(run_dir: Path) -> list:
@@ -78,7 +103,7 @@ def _goes_back(newest: Checkpoint, named: Checkpoint, config: Config) -> bool:
     return is_own(named, Path(config.run.dir)) and not since
 
 
-def quarantine_later_checkpoints(checkpoint: Checkpoint) -> None:
+def _quarantine_later_checkpoints(checkpoint: Checkpoint) -> None:
     """Rename the checkpoints after the one that a run goes on from. Raises UserError."""
     run_dir = checkpoint.path.parent
     try:
@@ -90,8 +115,3 @@ def quarantine_later_checkpoints(checkpoint: Checkpoint) -> None:
         raise UserError(
             f"cannot rename checkpoints in run.dir={run_dir}: {error.strerror}"
         ) from None
-
-
-def _say_once(text: str) -> None:
-    if dist.get_rank() == 0:
-        log_line(text)

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ttt.checkpoint.run_folder import (
     checkpoint_name,
@@ -23,13 +23,19 @@ from megatron_ttt.checkpoint.run_folder import (
     prune,
     write_pointer,
 )
-from megatron_ttt.checkpoint.writer import CheckpointWriter, Checks
+from megatron_ttt.checkpoint.writer import CheckpointWriter
 from megatron_ttt.config import Config
 from megatron_ttt.errors import TrainingError
 from megatron_ttt.hf.background import BackgroundExports
 from megatron_ttt.hf.export_manifest import is_export_of
+from megatron_ttt.training.hooks import Hook
 from megatron_ttt.training.loggers import log_line
+from megatron_ttt.training.optimizer_checks import save_checks
+from megatron_ttt.training.resume import is_own
 from megatron_ttt.training.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from megatron_ttt.training.trainer import Trainer
 
 FINAL_MODEL = "final_model"
 """Folder of the finished model, as a Hugging Face directory, in the run folder."""
@@ -40,7 +46,7 @@ SLOW_SAVE_SECONDS = 10.0
 """A save that holds training up for less is not worth a warning."""
 
 
-class Saver:
+class Saver(Hook):
     """Checkpoints of a run into its folder. All its methods are collective."""
 
     def __init__(self, config: Config, device: torch.device, stop: StopRequests | None = None):
@@ -61,8 +67,16 @@ class Saver:
         """Why the last checkpoint was not written; None if it was."""
         return self.writer.failure
 
-    def poll(self) -> None:
-        """Publish what has been written and exported; call it between steps."""
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Begin the exports that a run which ended before has left undone."""
+        checkpoint = trainer.resume_from
+        if self.is_first_rank and checkpoint is not None and is_own(checkpoint, self.run_dir):
+            self._export_what_is_missing(checkpoint.path, trainer.step)
+
+    def on_step_end(
+        self, trainer: Trainer, figures: dict[str, float], microbatches: list[Tensor]
+    ) -> None:
+        """Publish what has been written and exported."""
         self.writer.poll()
         self._advance_exports()
 
@@ -76,18 +90,18 @@ class Saver:
         chunks: list[nn.Module],
         optimizer,
         state: dict[str, Any],
-        checks: Checks,
         *,
         milestone: bool,
         since: float,
     ) -> None:
         """Write checkpoint-STEP/ of unwrapped chunks with current weights, and when it has its name
-        what goes with it. state, checks: see the writer. since: when training stopped for it, by
-        time.perf_counter."""
+        what goes with it. state: see the writer. since: when training stopped for it, by
+        time.perf_counter. Raises TrainingError where copies on other ranks differ."""
         self._check_alone()
         self._wait_for_removals()  # there may be no room but theirs
         path = self.run_dir / checkpoint_name(state["step"])
         published = partial(self._published, path, state["step"], milestone)
+        checks = save_checks(chunks, optimizer, state["step"], self.device)
 
         def compare(seen: Any) -> dict[str, Any]:
             self._check_alone()
@@ -171,7 +185,7 @@ class Saver:
                 "checkpoints before are as they were"
             )
 
-    def export_what_is_missing(self, path: Path, step: int) -> None:
+    def _export_what_is_missing(self, path: Path, step: int) -> None:
         """On rank 0: the exports of a run that ended, at `step`, before they were done."""
         for listed in list_checkpoints(self.run_dir):
             of_milestone = listed.kind == "milestone"
@@ -195,7 +209,23 @@ class Saver:
         for line in self.exports.advance():
             log_line(line)
 
-    def abandon_exports(self) -> None:
+    def finish(
+        self, step: int, reason: str | None, stop_reason: Callable[[], str | None]
+    ) -> str | None:
+        """Wait for the exports, but not where there is a `reason` to stop; return that, or one
+        that comes up meanwhile. Raises TrainingError where the last checkpoint, of `step`, or an
+        export failed."""
+        if self.failure is None and reason is None:
+            return self.wait_for_exports(stop_reason)
+        self._abandon_exports()
+        if self.failure is not None:
+            raise TrainingError(
+                f"the last checkpoint, of step {step}, was not saved ({self.failure}): "
+                "make room, and give the same command again"
+            )
+        return reason
+
+    def _abandon_exports(self) -> None:
         """Whoever stops a run gives it little time; the next one exports what is missing."""
         self.exports.abandon()
         self._advance_exports()
@@ -212,7 +242,7 @@ class Saver:
             if not running.item():
                 break
             if (reason := stop_reason()) is not None:
-                self.abandon_exports()
+                self._abandon_exports()
                 return reason
             time.sleep(EXPORT_POLL_SECONDS)
         failures = [self.exports.failures]
