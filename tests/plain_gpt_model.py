@@ -37,7 +37,7 @@ def trainer_side(folder: Path, platform) -> dict:
     from megatron.core import parallel_state
 
     from megatron_ttt.config import load_config
-    from megatron_ttt.model import build_chunk, initialise_weights, make_transformer_config
+    from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
     from megatron_ttt.platform import seed_everything
 
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
@@ -46,7 +46,7 @@ def trainer_side(folder: Path, platform) -> dict:
     config = load_config(["yaml_recipes/debug_cpu.yaml"], [*sizes, *layout])
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     seed_everything(0)
-    chunk = build_chunk(config, make_transformer_config(config, platform), None)
+    (chunk,) = build_chunks(config, make_transformer_config(config, platform))
     initialise_weights(chunk, config.model, seed=0)
     start = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     return {"start": start, **five_steps(chunk)}
@@ -156,7 +156,7 @@ def five_steps(model, tp_group=None) -> dict:
     group = tensor_parallel_group(tp_group)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (STEPS, 2, TOKENS + 1), generator=random)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     losses = []
     for ids in tokens:
         if tp_group is None:

@@ -73,7 +73,7 @@ def test_layers_start_themselves(sides, drawn):
 def core_config(platform, **options):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "hidden_dropout": 0.0}
     return TransformerConfig(
         **{**sizes, "normalization": "RMSNorm", **platform.core_overrides, **options}
     )
@@ -128,7 +128,7 @@ def test_perform_initialization(cpu_platform, fills):
             assert parameter.isnan().any().item() is not fills, name
 
 
-@pytest.mark.parametrize("chosen", itertools.product([True, False], repeat=3))
+@pytest.mark.parametrize("chosen", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("inner_model", ["linear", "mlp"])
 def test_every_choice_of_options(cpu_platform, inner_model, chosen):
     from megatron_ttt.mixers import ttt_layer_spec
