@@ -13,6 +13,7 @@ def core(cpu_platform):
     return types.SimpleNamespace(
         params_dtype=torch.float64,
         use_cpu_initialization=True,
+        perform_initialization=True,
         sequence_parallel=False,
         layernorm_epsilon=1e-6,
     )
@@ -30,7 +31,7 @@ def test_causal_conv_is_conv1d(core):
     from megatron_ttt.layers.conv import conv_weights
     from megatron_ttt.ops.conv_rope import causal_conv
 
-    weight, bias = randomise(conv_weights(core, 6, 4, sharded=False))()
+    weight, bias = randomise(conv_weights(core, 6, 4))()
     x = torch.randn(9, 2, 6, dtype=torch.float64, requires_grad=True)
     ours = causal_conv(x, weight, bias)
     theirs = F.conv1d(F.pad(x.permute(1, 2, 0), (3, 0)), weight, bias, groups=6)
@@ -48,7 +49,7 @@ def test_causal_conv_goes_on_from_a_halo(core):
     from megatron_ttt.layers.conv import conv_weights
     from megatron_ttt.ops.conv_rope import causal_conv
 
-    weights = randomise(conv_weights(core, 6, 4, sharded=False))()
+    weights = randomise(conv_weights(core, 6, 4))()
     x = torch.randn(12, 2, 6, dtype=torch.float64)
     parts = torch.cat([causal_conv(x[:5], *weights), causal_conv(x[5:], *weights, x[2:5])])
     assert relative(parts, causal_conv(x, *weights)) < 1e-14

@@ -7,35 +7,32 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from megatron_ttt.layers.initialisers import lecun_normal, zeros
 from megatron_ttt.layers.norm import RMSNorm, rms_norm
-from megatron_ttt.layers.parameters import ParameterHolder, new_parameter
+from megatron_ttt.layers.parameters import ParameterHolder, new_parameter, tensor_parallel_group
 from megatron_ttt.ops.conv_rope import causal_conv
 from megatron_ttt.ops.fused import can_use_fused_kernels
 
 
-def conv_weights(config, channels: int, width: int, *, sharded: bool) -> ParameterHolder:
-    """Weight [C, 1, W] and bias [C] of a depthwise causal convolution without activation.
-
-    sharded: the channels are this rank's heads' (conv_q, conv_k); else all of them (pre-conv).
-    """
-    dim = 0 if sharded else None
+def conv_weights(config, channels: int, width: int) -> ParameterHolder:
+    """Weight [C, 1, W] and bias [C] of a depthwise causal convolution that each rank has whole."""
     return ParameterHolder(
-        weight=new_parameter(config, (channels, 1, width), shard_dim=dim),
-        bias=new_parameter(config, (channels,), shard_dim=dim),
+        weight=new_parameter(config, (channels, 1, width), lecun_normal(width)),
+        bias=new_parameter(config, (channels,), zeros),
     )
 
 
 class PreConv(nn.Module):
     """The Mamba backbone's first branch: h + conv(RMSNorm(h))."""
 
-    def __init__(self, config, hidden_size: int, width: int):
+    def __init__(self, config, hidden_size: int, width: int, tp_group: ProcessGroup | None = None):
         super().__init__()
-        self.eps = config.layernorm_epsilon
+        self.eps, self.tp_group = config.layernorm_epsilon, tensor_parallel_group(tp_group)
         self.norm = ParameterHolder(weight=RMSNorm(config, hidden_size).weight)
-        self.conv = conv_weights(config, hidden_size, width, sharded=False)
+        self.conv = conv_weights(config, hidden_size, width)
         self.width, self.sequence_parallel = width, config.sequence_parallel
         for parameter in self.conv.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -50,8 +47,7 @@ class PreConv(nn.Module):
         x_SBC = rms_norm(h_SBC, scale_C, self.eps)
         halo = None
         if self.sequence_parallel:
-            group = parallel_state.get_tensor_model_parallel_group()
-            halo = _Halo.apply(x_SBC, self.width - 1, group)
+            halo = _Halo.apply(x_SBC, self.width - 1, self.tp_group)
         return h_SBC + causal_conv(x_SBC, weight_C1W, bias_C, halo)
 
 

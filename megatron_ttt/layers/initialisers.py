@@ -1,4 +1,7 @@
-"""How parameters start: functions that fill a global tensor from a stream of random numbers."""
+"""How parameters start: functions that fill a tensor from a stream of random numbers.
+
+A generator of None is torch's own on the tensor's device.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Initialiser = Callable[[Tensor, torch.Generator], None]
+Initialiser = Callable[[Tensor, torch.Generator | None], None]
 
 
-def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+def zeros(tensor: Tensor, generator: torch.Generator | None) -> None:
     """Biases, delta, b0."""
     tensor.zero_()
 
 
-def ones(tensor: Tensor, generator: torch.Generator) -> None:
+def ones(tensor: Tensor, generator: torch.Generator | None) -> None:
     """Scales of norms."""
     tensor.fill_(1.0)
 
@@ -23,7 +26,7 @@ def ones(tensor: Tensor, generator: torch.Generator) -> None:
 def normal(std: float) -> Initialiser:
     """N(0, std)."""
 
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+    def fill(tensor: Tensor, generator: torch.Generator | None) -> None:
         tensor.normal_(0.0, std, generator=generator)
 
     return fill
@@ -33,7 +36,7 @@ def lecun_normal(fan_in: int) -> Initialiser:
     """JAX's lecun_normal: N(0, 1/fan_in) cut at two sigma, widened to keep that variance."""
     std = fan_in**-0.5 / 0.87962566103423978
 
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+    def fill(tensor: Tensor, generator: torch.Generator | None) -> None:
         nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std, generator=generator)
 
     return fill

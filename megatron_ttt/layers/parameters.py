@@ -3,6 +3,10 @@
 A parameter's global tensor is what one process without parallelism would hold. `local_shard` cuts
 this rank's part out of it; initial weights and imported ones both come in through it, so that the
 same seed gives the same model at every layout.
+
+Layers start their own parameters, as megatron-core's do, so that they can stand in any model; the
+trainer then fills them by name with `initialise`. Everything takes the group of tensor-parallel
+ranks as `tp_group`; None is megatron-core's global one.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_ttt.layers.initialisers import Initialiser
 
@@ -34,57 +39,101 @@ class ParameterHolder(nn.Module):
         return tuple(self.parameters())
 
 
-def new_parameter(
-    config, shape: tuple[int, ...], *, shard_dim: int | None = None, fp32: bool = False
-) -> nn.Parameter:
-    """Return an uninitialised parameter of a layer, given its global shape.
+def tensor_parallel_group(tp_group: ProcessGroup | None = None) -> ProcessGroup:
+    """Return the group itself, or megatron-core's global one for None."""
+    return parallel_state.get_tensor_model_parallel_group() if tp_group is None else tp_group
 
-    shard_dim: dimension cut over TP ranks; None for a replicated parameter. fp32: keep it in
-    float32 when the model is bf16 (and its optimizer state apart, see training/optimizer.py).
+
+def new_parameter(
+    config,
+    shape: tuple[int, ...],
+    initialiser: Initialiser,
+    *,
+    shard_dim: int | None = None,
+    fp32: bool = False,
+    tp_group: ProcessGroup | None = None,
+) -> nn.Parameter:
+    """Return a parameter of a layer, given its global shape.
+
+    It is filled unless `config.perform_initialization` is off. shard_dim: dimension cut over TP
+    ranks; None for a replicated parameter. fp32: keep it in float32 when the model is in half
+    precision (and its optimizer state apart, see training/optimizer.py).
     """
+    local_shape = shape
     if shard_dim is not None:
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        shape = (*shape[:shard_dim], shape[shard_dim] // size, *shape[shard_dim + 1 :])
+        rows = shape[shard_dim] // tensor_parallel_group(tp_group).size()
+        local_shape = (*shape[:shard_dim], rows, *shape[shard_dim + 1 :])
     dtype = config.params_dtype
-    if fp32 and dtype == torch.bfloat16:
-        dtype = torch.float32
+    if fp32:
+        dtype = torch.promote_types(dtype, torch.float32)
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    parameter = nn.Parameter(torch.empty(local_shape, dtype=dtype, device=device))
     tensor_parallel.set_tensor_model_parallel_attributes(
         parameter, shard_dim is not None, 0 if shard_dim is None else shard_dim, 1
     )
     if fp32:
         parameter.keep_fp32 = True
+    if config.perform_initialization:
+        _start(parameter, shape, initialiser, config.use_cpu_initialization, tp_group)
     return parameter
 
 
-def global_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+@torch.no_grad()
+def _start(
+    parameter: nn.Parameter,
+    shape: tuple[int, ...],
+    initialiser: Initialiser,
+    on_cpu: bool,
+    tp_group: ProcessGroup | None,
+) -> None:
+    """Fill a parameter the way megatron-core fills its linear layers.
+
+    On the CPU every rank draws the global tensor, from the same state, and cuts its part out. On
+    CUDA each draws its own part from megatron-core's random state of its TP rank, or a replicated
+    parameter from the state that TP ranks share.
+    """
+    if on_cpu or not parameter.tensor_model_parallel:
+        whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+        initialiser(whole, None)
+        parameter.copy_(local_shard(parameter, whole, tp_group))
+        return
+    part = torch.empty_like(parameter, dtype=torch.float32)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        initialiser(part, None)
+    parameter.copy_(part)
+
+
+def global_shape(parameter: nn.Parameter, tp_group: ProcessGroup | None = None) -> tuple[int, ...]:
     """The shape of a parameter's global tensor."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        shape[parameter.partition_dim] *= tensor_parallel_group(tp_group).size()
     return tuple(shape)
 
 
-def local_shard(parameter: nn.Parameter, global_tensor: Tensor) -> Tensor:
+def local_shard(
+    parameter: nn.Parameter, global_tensor: Tensor, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """This TP rank's part of a global tensor, which is cut the way `parameter` is.
 
     A packed projection is cut part by part: its partition_stride counts the parts.
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return global_tensor
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    group = tensor_parallel_group(tp_group)
+    rank, size = group.rank(), group.size()
     dim, parts = parameter.partition_dim, parameter.partition_stride
     return torch.cat([part.chunk(size, dim)[rank] for part in global_tensor.chunk(parts, dim)], dim)
 
 
-def gather_global(parameter: nn.Parameter, local: Tensor) -> Tensor:
+def gather_global(
+    parameter: nn.Parameter, local: Tensor, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """The inverse of `local_shard`, collective over the TP group: every rank's `local` (the
     parameter, its gradient) put together to the global tensor."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return local
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_parallel_group(tp_group)
     shards = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(shards, local.contiguous(), group=group)
     dim, parts = parameter.partition_dim, parameter.partition_stride
@@ -99,6 +148,7 @@ def initialise(
     shape: tuple[int, ...],
     initialiser: Initialiser,
     seed: int,
+    tp_group: ProcessGroup | None = None,
 ) -> None:
     """Fill a parameter from a stream of random numbers of its own.
 
@@ -110,6 +160,6 @@ def initialise(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     filled = torch.empty(shape, dtype=torch.float32)
     initialiser(filled, generator)
-    whole = torch.zeros(global_shape(parameter), dtype=torch.float32)
+    whole = torch.zeros(global_shape(parameter, tp_group), dtype=torch.float32)
     whole[tuple(slice(size) for size in shape)] = filled
-    parameter.copy_(local_shard(parameter, whole))
+    parameter.copy_(local_shard(parameter, whole, tp_group))

@@ -13,24 +13,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
 from torch import Tensor
 
 from megatron_ttt.layers.norm import PostNorm, statistics_dtype
-from megatron_ttt.layers.parameters import ParameterHolder, new_parameter
+from megatron_ttt.layers.parameters import ParameterHolder, new_parameter, tensor_parallel_group
 from megatron_ttt.mixers.base import Dimensions, Parameter
 from megatron_ttt.mixers.inner_loop import InnerLoop
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.options import TTTOptions
+from megatron_ttt.mixers.ttt.packing import unpacked
 from megatron_ttt.mixers.ttt.parameters import ttt_parameters
+from megatron_ttt.mixers.ttt.refusals import refuse_arguments, refuse_config, refuse_mask
 from megatron_ttt.mixers.ttt.scan import ttt_scan
 from megatron_ttt.mixers.ttt.statistics import inner_statistics
 from megatron_ttt.ops.conv_rope import conv_rope
@@ -57,7 +59,12 @@ def ttt_mixer_spec(inner_model: InnerModel, options: TTTOptions, scan_backend: s
 class TTTMixer(MegatronModule, InnerLoop):
     """TTT-Linear or TTT-MLP in the place of self-attention.
 
-    Its sizes are those of the TransformerConfig. scan_backend: see `ttt_scan`.
+    Its sizes are those of the TransformerConfig. Own parameters stay in float32 whatever half
+    precision the model is cast to. scan_backend: see `ttt_scan`. cp_comm_type, pp_layer_offset and
+    name are what megatron-core gives to attention; nothing here depends on them.
+
+    Raises:
+        UserError: the configuration asks for what TTT layers cannot do.
     """
 
     def __init__(
@@ -70,18 +77,19 @@ class TTTMixer(MegatronModule, InnerLoop):
         options: TTTOptions,
         scan_backend: str = "auto",
         pg_collection=None,
-        **_,
+        cp_comm_type=None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
     ):
         super().__init__(config)
+        refuse_config(config)
         self.options, self.layer_number, self.scan_backend = options, layer_number, scan_backend
         self.inner_model = inner_model
         dims = Dimensions(config.hidden_size, config.num_attention_heads, config.init_method_std)
+        tp_group = self.tp_group = tensor_parallel_group(pg_collection and pg_collection.tp)
         self.head_dim = dims.head_dim
-        self.num_local_heads = (
-            dims.num_heads // parallel_state.get_tensor_model_parallel_world_size()
-        )
+        self.num_local_heads = dims.num_heads // tp_group.size()
         D, self.parts = dims.hidden_size, options.projections
-        tp_group = pg_collection.tp if pg_collection else None
         # x is gathered (or copied) once for the projection and the lr gate, so that in_proj sees
         # whole sequences and leaves the reduction of their gradient to that one place.
         gathered_config = copy.copy(config)
@@ -110,25 +118,84 @@ class TTTMixer(MegatronModule, InnerLoop):
             skip_bias_add=True,
             tp_group=tp_group,
         )
-        self.post_norm = PostNorm(config, D)
+        self.post_norm = PostNorm(config, D, tp_group=tp_group)
         table = ttt_parameters(inner_model, dims, options)
         for conv in ("conv_q", "conv_k") if options.share_qk else ():
             own = [row for row in table if row.name.startswith(f"{conv}.")]
-            setattr(self, conv, ParameterHolder(**{_tail(row): _new(config, row) for row in own}))
+            setattr(self, conv, ParameterHolder(**{_tail(row): self._new(row) for row in own}))
         for row in table:
             if "." not in row.name:
-                self.register_parameter(row.name, _new(config, row))
+                self.register_parameter(row.name, self._new(row))
         self.state_names = list(self.inner_model.state_shapes(dims.head_dim))
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, **_) -> tuple[Tensor, None]:
+    def _new(self, row: Parameter) -> torch.nn.Parameter:
+        return new_parameter(
+            self.config,
+            row.shape,
+            row.initialiser,
+            shard_dim=row.shard_dim,
+            fp32=row.fp32,
+            tp_group=self.tp_group,
+        )
+
+    def _apply(self, fn, recurse=True):
+        """Cast and move as any module, but leave own parameters in at least float32.
+
+        megatron-core's Float16Module casts all of a model, and knows no exceptions.
+        """
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(applied.device, torch.float32)
+            return applied
+
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(at_least_float32, recurse=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        key_value_states=None,
+        inference_context=None,
+        inference_params=None,
+        packed_seq_params=None,
+        attention_bias=None,
+        sequence_len_offset=None,
+        rotary_pos_emb=None,
+        rotary_pos_cos=None,
+        rotary_pos_sin=None,
+        rotary_pos_cos_sin=None,
+    ) -> tuple[Tensor, None]:
         """[S, B, D] (S this rank's under sequence parallelism) -> the same, and no bias.
 
-        The mask is ignored: the scan is causal by construction.
+        Arguments are those of megatron-core's attention. The model's rotary embedding is not used:
+        a TTT layer has its own, within mini-batches.
+
+        Raises:
+            UserError: a mask that is not causal, or any other argument but the rotary embedding.
         """
+        refuse_arguments(
+            key_value_states=key_value_states,
+            inference_context=inference_context,
+            inference_params=inference_params,
+            packed_seq_params=packed_seq_params,
+            attention_bias=attention_bias,
+            sequence_len_offset=sequence_len_offset,
+        )
+        refuse_mask(attention_mask)
         if self.config.sequence_parallel:
-            x_SBD = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+            x_SBD = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, group=self.tp_group
+            )
         else:
-            x_SBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+            x_SBD = tensor_parallel.copy_to_tensor_model_parallel_region(
+                hidden_states, group=self.tp_group
+            )
         projected, _ = self.in_proj(x_SBD)
         part = dict(zip(self.parts, projected.chunk(len(self.parts), dim=-1)))
         angles = mini_batch_angles(
@@ -179,66 +246,41 @@ class TTTMixer(MegatronModule, InnerLoop):
         delta is replicated, but this rank's heads give only their share of its gradient: the copy
         region sums the shares. (megatron-core's attributes would average them, or do nothing.)
         """
-        delta = tensor_parallel.copy_to_tensor_model_parallel_region(self.learnable_token_idx)
+        delta = tensor_parallel.copy_to_tensor_model_parallel_region(
+            self.learnable_token_idx, group=self.tp_group
+        )
         # 1/i is a float32 number in the official models, in float64 ones too.
         index = torch.arange(1, len(delta) + 1, dtype=torch.float32, device=delta.device)
         return torch.clamp_min(index.reciprocal().to(delta.dtype) + delta, 0.0)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, **_):
         """megatron-core's map from this rank's tensors to the checkpoint's global ones."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         own = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         per_head = {name: 0 for name in own if name != "learnable_token_idx"}
-        sharded = make_sharded_tensors_for_checkpoint(own, prefix, per_head, sharded_offsets)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own, prefix, per_head, sharded_offsets, **groups
+        )
         for name, module in self.named_children():
             child_prefix = f"{prefix}{name}."
             if isinstance(module, ParameterHolder | PostNorm):
                 shard_dims = {key: 0 for key, _ in module.named_parameters()}
                 child = make_sharded_tensors_for_checkpoint(
-                    module.state_dict(keep_vars=True), child_prefix, shard_dims, sharded_offsets
+                    module.state_dict(keep_vars=True),
+                    child_prefix,
+                    shard_dims,
+                    sharded_offsets,
+                    **groups,
                 )
             else:
                 child = sharded_state_dict_default(module, child_prefix, sharded_offsets, metadata)
             sharded.update(child)
         key = f"{prefix}in_proj.weight"
-        sharded[key] = _unpacked(sharded[key], len(self.parts), sharded_offsets)
+        sharded[key] = unpacked(sharded[key], len(self.parts), sharded_offsets)
         return sharded
-
-
-def _new(config, row: Parameter):
-    return new_parameter(config, row.shape, shard_dim=row.shard_dim, fp32=row.fp32)
 
 
 def _tail(row: Parameter) -> str:
     return row.name.rsplit(".", 1)[1]
-
-
-def _unpacked(packed: ShardedTensor, parts: int, sharded_offsets) -> ShardedTensorFactory:
-    """Store a packed projection as the plain concatenation of its whole parts.
-
-    This rank's tensor is [part 0's rows; part 1's rows; ...], each part cut over the TP ranks. That
-    is no contiguous piece of the global tensor: saved as it is, only the same TP could read it.
-    """
-    dim = len(sharded_offsets)
-    ranks = packed.axis_fragmentations[dim]
-    rank = packed.global_offset[dim] // packed.local_shape[0]
-
-    @torch.no_grad()
-    def build(key, tensor, replica_id, flattened_range):
-        return [
-            ShardedTensor.from_rank_offsets(
-                key,
-                piece,
-                *sharded_offsets,
-                (dim, index * ranks + rank, parts * ranks),
-                replica_id=replica_id,
-                prepend_axis_num=dim,
-            )
-            for index, piece in enumerate(tensor.chunk(parts))
-        ]
-
-    @torch.no_grad()
-    def merge(pieces):
-        return torch.cat(pieces)
-
-    return ShardedTensorFactory(packed.key, packed.data, build, merge, packed.replica_id)
