@@ -228,10 +228,10 @@ def build_hf_model(model: ModelConfig, **more: Any) -> nn.Module:
     """transformers' model for a model section, with initial weights; `more` goes to its config."""
     config = {k: v for k, v in hf_config_from_model(model).items() if k != "model_type"}
     if model.is_ttt:
-        from megatron_ttt.hf.configuration_ttt import TTTConfig
-        from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
+        from megatron_ttt.hf.code import BUILT_IN, load_code
 
-        return TTTForCausalLM(TTTConfig(**{**config, **more}))
+        modeling = load_code(BUILT_IN)
+        return modeling.TTTForCausalLM(modeling.TTTConfig(**{**config, **more}))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**{**config, **more}))
