@@ -181,11 +181,10 @@ class TTTMixer(Mixer):
         self.ttt_norm_weight = nn.Parameter(torch.ones(H, self.size))
         self.ttt_norm_bias = nn.Parameter(torch.zeros(H, self.size))
         self.state_names = []
-        for i, (rows, columns) in enumerate(pairwise(self.widths), start=1):
-            setattr(
-                self, f"W{i}", nn.Parameter(torch.zeros(H, rows * self.size, columns * self.size))
-            )
-            setattr(self, f"b{i}", nn.Parameter(torch.zeros(H, 1, columns * self.size)))
+        widths = [multiple * self.size for multiple in self.multiples]
+        for i, (rows, columns) in enumerate(pairwise(widths), start=1):
+            setattr(self, f"W{i}", nn.Parameter(torch.zeros(H, rows, columns)))
+            setattr(self, f"b{i}", nn.Parameter(torch.zeros(H, 1, columns)))
             self.state_names += [f"W{i}", f"b{i}"]
         self.post_norm = nn.LayerNorm(D, eps=LN_EPS)
 
