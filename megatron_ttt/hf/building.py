@@ -21,10 +21,10 @@ def build_hf_model(architecture: Architecture, **more: Any) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig(**{**config, **more}))
-    from megatron_ttt.hf.configuration_ttt import TTTConfig
-    from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
+    from megatron_ttt.hf.code import codes_of, load_code
 
-    return TTTForCausalLM(TTTConfig(**{**config, **more}))
+    modeling = load_code(codes_of(architecture))
+    return modeling.TTTForCausalLM(modeling.TTTConfig(**{**config, **more}))
 
 
 def build_empty_hf_model(architecture: Architecture) -> nn.Module:

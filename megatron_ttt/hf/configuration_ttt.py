@@ -1,18 +1,39 @@
-"""Configuration of the TTT-Linear and TTT-MLP language models (arXiv 2407.04620)."""
+"""Configuration of language models whose layers have TTT mixers, attention, or some of each."""
+
+from types import SimpleNamespace
+from typing import Any
 
 from transformers import PretrainedConfig
 
 TTT_LAYER_TYPES = ("linear", "mlp")
+_KEYS = {
+    "use_gate": "use_gate",
+    "share_qk": "share_qk",
+    "pre_conv": "pre_conv",
+    "mini_batch_size": "mini_batch_size",
+    "base_lr": "ttt_base_lr",
+    "conv_kernel": "conv_kernel",
+    "rope_theta": "rope_theta",
+}
+"""Options of a TTT mixer, and the official checkpoints' keys for them."""
 
 
 class TTTConfig(PretrainedConfig):
-    """The official checkpoints' config.json, key by key.
+    """The config.json of a model: the official checkpoints' keys, or a mixer for each layer.
 
-    The main keys beyond a Llama's: ttt_layer_type, "linear" or "mlp"; ttt_base_lr, the inner
-    learning rate before its gate; mini_batch_size, tokens of one inner gradient step. use_gate,
-    share_qk and pre_conv together make the Mamba backbone, none of them the Transformer backbone.
+    A model that has one TTT mixer in all layers has the official keys (arXiv 2407.04620). Beyond a
+    Llama's they are ttt_layer_type, "linear" or "mlp"; ttt_base_lr, the inner learning rate before
+    its gate; mini_batch_size, tokens of one inner gradient step; conv_kernel, and the switches
+    use_gate, share_qk and pre_conv. All three switches make the Mamba backbone, none of them the
+    Transformer backbone.
 
-    Raises ValueError for a combination that no checkpoint has.
+    Every other model has two keys in their place: layer_types, the name of each layer's mixer, and
+    mixers, the options of each mixer by its name.
+
+    transformers 5 keeps a list of its own names for an attribute `layer_types`, renames
+    "attention" in it and refuses the others, so the attribute is `mixer_types`.
+
+    Raises ValueError for what no model can be made of.
     """
 
     model_type = "ttt"
@@ -43,6 +64,8 @@ class TTTConfig(PretrainedConfig):
         pre_conv=False,
         conv_kernel=4,
         scan_checkpoint_group_size=0,
+        layer_types=None,
+        mixers=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -55,19 +78,25 @@ class TTTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
-        self.rope_theta = rope_theta
-        self.use_gate = use_gate
-        self.share_qk = share_qk
-        self.ttt_layer_type = ttt_layer_type
-        self.ttt_base_lr = ttt_base_lr
-        self.mini_batch_size = mini_batch_size
-        self.pre_conv = pre_conv
-        self.conv_kernel = conv_kernel
-        self.scan_checkpoint_group_size = scan_checkpoint_group_size
-        if ttt_layer_type not in TTT_LAYER_TYPES:
-            raise ValueError(f"ttt_layer_type={ttt_layer_type} is none of {TTT_LAYER_TYPES}")
-        if hidden_act != "silu" or not tie_word_embeddings:
-            raise ValueError("only hidden_act=silu with tie_word_embeddings=true is supported")
+        if layer_types is None and mixers is None:
+            self.rope_theta = rope_theta
+            self.use_gate = use_gate
+            self.share_qk = share_qk
+            self.ttt_layer_type = ttt_layer_type
+            self.ttt_base_lr = ttt_base_lr
+            self.mini_batch_size = mini_batch_size
+            self.pre_conv = pre_conv
+            self.conv_kernel = conv_kernel
+            self.scan_checkpoint_group_size = scan_checkpoint_group_size
+            if ttt_layer_type not in TTT_LAYER_TYPES:
+                raise ValueError(f"ttt_layer_type={ttt_layer_type} is none of {TTT_LAYER_TYPES}")
+            layer_types = [f"ttt_{ttt_layer_type}"] * num_hidden_layers
+        else:
+            check_mixers(layer_types, mixers, num_hidden_layers)
+        self.mixer_types = list(layer_types)
+        self.mixers = mixers
+        if hidden_act != "silu":
+            raise ValueError("only hidden_act=silu is supported")
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size={hidden_size} is not divisible by {num_attention_heads} heads"
@@ -79,3 +108,29 @@ class TTTConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    def mixer_options(self, layer_idx: int) -> SimpleNamespace:
+        """Return the options of a layer's mixer, as attributes."""
+        if self.mixers is None:
+            return SimpleNamespace(**{name: getattr(self, key) for name, key in _KEYS.items()})
+        return SimpleNamespace(**self.mixers[self.mixer_types[layer_idx]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        tree = super().to_dict()
+        types = tree.pop("mixer_types")
+        if self.mixers is None:
+            del tree["mixers"]
+        else:
+            tree["layer_types"] = types
+        return tree
+
+
+def check_mixers(layer_types: Any, mixers: Any, layers: int) -> None:
+    """Raise ValueError unless each layer has a mixer, and each mixer its options."""
+    if not layer_types or not mixers:
+        raise ValueError("layer_types and mixers are given together, or neither is")
+    if len(layer_types) != layers:
+        raise ValueError(f"layer_types has {len(layer_types)} names for {layers} layers")
+    if missing := sorted(set(layer_types) - set(mixers)):
+        raise ValueError(f"mixers has no options for {', '.join(missing)}, which layer_types names")

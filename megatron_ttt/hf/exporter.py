@@ -20,6 +20,7 @@ from megatron_ttt.checkpoint.run_folder import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, config_with_defaults
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
+from megatron_ttt.hf.code import codes_of, write_code
 from megatron_ttt.hf.configuration import hf_config_of
 from megatron_ttt.hf.export_manifest import write_source
 from megatron_ttt.hf.mapping import split
@@ -32,7 +33,6 @@ from megatron_ttt.hf.verification import verify, verify_configuration
 from megatron_ttt.stack import Architecture, architecture_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-CODE = ("configuration_ttt.py", "modeling_ttt.py")
 TOKENIZER_OPTION = "--tokenizer-model FILE"
 
 
@@ -161,8 +161,7 @@ def _write_configuration(
     _write_json(folder / "config.json", tree)
     _write_json(folder / "generation_config.json", ids)
     if not is_llama:
-        for name in CODE:
-            shutil.copyfile(Path(__file__).parent / name, folder / name)
+        write_code(folder, codes_of(architecture))
     (folder / "README.md").write_text(model_card(checkpoint, config, tokenizer is not None))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.layers.initialisers import Initialiser
+from megatron_ttt.mixers.hf_code import HFCode
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -152,6 +153,8 @@ class Mixer(ABC):
     """Hugging Face's names of the norm before the mixer and of the one before the SwiGLU."""
     hf_module: ClassVar[str]
     """Hugging Face's name of the mixer within its layer."""
+    hf_code: HFCode
+    """The class that stands in the place of its module in transformers."""
     hf_defaults: ClassVar[dict[str, Any]] = {}
     """What keys of `hf_model`'s form are where config.json leaves them out."""
     has_inner_loop: ClassVar[bool] = False

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,13 @@ from harness import (
 from safetensors.torch import load_file, save_file
 
 from megatron_ttt.errors import UserError
-from megatron_ttt.hf import exporter, modeling_ttt
+from megatron_ttt.hf import exporter
+from megatron_ttt.hf.code import load_code
 from megatron_ttt.hf.exporter import export_checkpoint
 from megatron_ttt.hf.importer import import_directory, import_jax
+from megatron_ttt.mixers import MIXERS
+
+CODES = {name: mixer.hf_code for name, mixer in MIXERS.items()}
 
 FLOAT64 = [
     "linear_transformer",
@@ -241,8 +246,9 @@ def test_verification_names_the_first_module_and_publishes_nothing(imported, tmp
             UserError, match=r"first module .* is model\.layers\.1\.mlp\.gate_proj;"
         ):
             export_checkpoint(imported("mlp_mamba"), output)
+    mixer_ttt = sys.modules[load_code(CODES).MIXERS["ttt_mlp"].__module__]
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_ttt, "rotate_pairs", lambda x, cos, sin: x)
+        patch.setattr(mixer_ttt, "rotate_pairs", lambda x, cos, sin: x)
         with pytest.raises(UserError, match=r"is model\.layers\.0\.seq_modeling_block\.post_norm;"):
             export_checkpoint(imported("mlp_mamba"), output)
         with pytest.raises(UserError, match=r"seq_modeling_block\.post_norm"):

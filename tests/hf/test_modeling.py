@@ -7,6 +7,7 @@ transformers 4.57 too.
 import copy
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +18,15 @@ import transformers
 from harness import random_official, read_golden, relative, section
 from transformers.cache_utils import Cache, DynamicCache
 
-from megatron_ttt.hf import modeling_ttt
+from megatron_ttt.hf.cache_ttt import TTTCache
+from megatron_ttt.hf.code import load_code
 from megatron_ttt.hf.configuration_ttt import TTTConfig
-from megatron_ttt.hf.modeling_ttt import TTTCache, TTTForCausalLM
+from megatron_ttt.hf.modeling_ttt import TTTForCausalLM
+from megatron_ttt.mixers import MIXERS
+
+CODES = {name: mixer.hf_code for name, mixer in MIXERS.items()}
+
+mixer_ttt = sys.modules[load_code(CODES).MIXERS["ttt_linear"].__module__]
 
 GOLDEN = [
     "linear_transformer",
@@ -49,7 +56,7 @@ def golden_model(name: str, dtype=torch.float64) -> tuple[TTTForCausalLM, torch.
 def either_scan(request, monkeypatch):
     """With the package's scan, and as in an environment that has only the exported files."""
     if request.param == "alone":
-        monkeypatch.setattr(modeling_ttt, "ttt_scan", None)
+        monkeypatch.setattr(mixer_ttt, "ttt_scan", None)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -91,7 +98,7 @@ def test_every_split_of_every_prompt(name, monkeypatch):
     for first in range(1, 41):
         # Odd cuts without the package's scan, even ones with it.
         if first % 2:
-            monkeypatch.setattr(modeling_ttt, "ttt_scan", None)
+            monkeypatch.setattr(mixer_ttt, "ttt_scan", None)
         start = model(ids[:, :first], use_cache=True)
         assert relative(start.logits, full[:, :first]) < 1e-9, first
         for length in (n for n in range(first + 1, 41) if n == first + 1 or n in ends):
@@ -332,20 +339,20 @@ def test_packed_documents_are_refused():
 def test_autocast_leaves_the_inner_loop_alone(kind, either_scan, monkeypatch):
     """As under `Trainer(bf16=True)`: what the scan is given is rounded, the scan is not."""
     model = build(*random_official(kind, "mamba", layers=1), dtype=torch.float32)
-    scan, seen = modeling_ttt.TTTMixer._scan, []
+    scan, seen = mixer_ttt.TTTMixer._scan, []
 
     def record(self, *arguments):
         seen.append((self, arguments, scan(self, *arguments)))
         return seen[-1][2]
 
-    monkeypatch.setattr(modeling_ttt.TTTMixer, "_scan", record)
+    monkeypatch.setattr(mixer_ttt.TTTMixer, "_scan", record)
     ids = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         for cached in (False, True):
             model(ids, use_cache=cached)
     for mixer, (*tokens, cache), output in seen:
         assert tokens[3].dtype == torch.float32
-        assert torch.equal(output, scan(mixer, *tokens, cache and modeling_ttt.LayerCache()))
+        assert torch.equal(output, scan(mixer, *tokens, cache and {}))
     x = torch.randn(2, 40, 64)
     with torch.autocast("cpu", torch.bfloat16):
         under = seen[0][0]._inner_learning_rate(x)

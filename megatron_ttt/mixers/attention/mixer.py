@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ttt.errors import UserError, check_at_least
@@ -16,6 +17,7 @@ from megatron_ttt.mixers.base import (
     Parameter,
     check_even_head_dim,
 )
+from megatron_ttt.mixers.hf_code import HFCode
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +32,7 @@ class Attention(Mixer):
     hf_norms = ("input_layernorm", "post_attention_layernorm")
     hf_module = "self_attn"
     hf_defaults = HF_DEFAULTS
+    hf_code = HFCode(Path(__file__).parent / "mixer_attention.py", "Attention")
     Options = AttentionOptions
 
     def validate(self, dims: Dimensions, options: AttentionOptions) -> None:

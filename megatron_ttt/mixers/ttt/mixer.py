@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron_ttt.mixers.base import (
     Parameter,
     check_even_head_dim,
 )
+from megatron_ttt.mixers.hf_code import HFCode
 from megatron_ttt.mixers.ttt import cost
 from megatron_ttt.mixers.ttt.hf_config import HF_DEFAULTS, options_of_hf_model, to_hf_model
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
@@ -39,6 +41,8 @@ class TTT(Mixer):
     ):
         self.name, self.label, self.inner_model = name, label, inner_model
         self.warms_inner_lr = warms_inner_lr
+        classes = {"linear": "TTTLinear", "mlp": "TTTMLP"}
+        self.hf_code = HFCode(Path(__file__).parent / "mixer_ttt.py", classes[inner_model.name])
 
     def validate(self, dims: Dimensions, options: TTTOptions) -> None:
         """Raise UserError for options out of range."""
