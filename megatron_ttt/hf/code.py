@@ -27,9 +27,9 @@ def write_code(folder: Path, mixers: dict[str, HFCode]) -> None:
     Raises ValueError where two files have one name.
     """
     files = {name: HERE / name for name in COMMON}
-    for code in mixers.values():
-        if files.setdefault(code.path.name, code.path) != code.path:
-            raise ValueError(f"{code.path} and {files[code.path.name]} have one name in an export")
+    for path in [path for code in mixers.values() for path in (*code.needs, code.path)]:
+        if files.setdefault(path.name, path) != path:
+            raise ValueError(f"{path} and {files[path.name]} have one name in an export")
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
     with open(folder / "modeling_ttt.py", "a") as file:
@@ -55,11 +55,12 @@ def mixers_in_use(mixers: dict[str, HFCode]) -> str:
 def load_code(mixers: dict[str, HFCode]) -> ModuleType:
     """Return the module `modeling_ttt`, which from now on has these mixers."""
     for name, code in mixers.items():
-        module = f"{modeling_ttt.__package__}.{code.path.stem}"
-        if module not in sys.modules:
-            # In the package of the files that they import.
-            spec = importlib.util.spec_from_file_location(module, code.path)
-            sys.modules[module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module])
+        for path in (*code.needs, code.path):
+            module = f"{modeling_ttt.__package__}.{path.stem}"
+            if module not in sys.modules:
+                # In the package of the files that they import.
+                spec = importlib.util.spec_from_file_location(module, path)
+                sys.modules[module] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[module])
         modeling_ttt.MIXERS[name] = getattr(sys.modules[module], code.class_name)
     return modeling_ttt

@@ -12,3 +12,5 @@ class HFCode:
     """The file, as hf/layers_ttt.py says a mixer's file must be."""
     class_name: str
     """The subclass of its `Mixer`."""
+    needs: tuple[Path, ...] = ()
+    """Files of other mixers that it imports."""

@@ -6,9 +6,14 @@ reads like the maths, the fast form in PyTorch and the Triton kernels. `cpp/` ho
 for both.
 """
 
+from pathlib import Path
+
+from megatron_ttt.mixers.hf_code import HFCode
 from megatron_ttt.mixers.ttt.linear import LINEAR
 from megatron_ttt.mixers.ttt.mixer import TTT
 from megatron_ttt.mixers.ttt.mlp import MLP
 
-TTT_LINEAR = TTT("ttt_linear", "TTT-Linear", LINEAR)
-TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP, warms_inner_lr=True)
+HF_FILE = Path(__file__).parent / "mixer_ttt.py"
+"""Both layers in transformers."""
+TTT_LINEAR = TTT("ttt_linear", "TTT-Linear", LINEAR, HFCode(HF_FILE, "TTTLinear"))
+TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP, HFCode(HF_FILE, "TTTMLP"), warms_inner_lr=True)

@@ -14,7 +14,8 @@ from megatron_ttt.mixers.ttt.options import TTTOptions
 def flops_per_token(inner_model: InnerModel, dims: Dimensions, options: TTTOptions) -> float:
     """Return the FLOPs of projections and scan, forward."""
     D, F, K = dims.hidden_size, dims.head_dim, options.mini_batch_size
-    scan = {"linear": D * (6 * F + 4 * K), "mlp": D * (56 * F + 20 * K)}[inner_model.name]
+    of_F, of_K = inner_model.flops
+    scan = D * (of_F * F + of_K * K)
     return scan + 2 * (len(options.projections) + 1) * D * D
 
 

@@ -35,7 +35,9 @@ class InnerModel:
     the reference, which autograd differentiates."""
     predict: Callable[[Tensor, State], Tensor]
     """(x, state) -> the output before its LayerNorm."""
-    workspace: type[MiniBatchWorkspace]
-    """Its mini-batches in PyTorch, with their own backward."""
-    load_kernels: Callable[[], tuple[Callable, Callable]]
+    flops: tuple[int, int]
+    """FLOPs of the scan for a token and a feature: the multiples of F and of K."""
+    workspace: type[MiniBatchWorkspace] | None = None
+    """Its mini-batches in PyTorch, with their own backward; None: the reference alone."""
+    load_kernels: Callable[[], tuple[Callable, Callable]] | None = None
     """Import its Triton kernels; return the functions that launch forward and backward."""

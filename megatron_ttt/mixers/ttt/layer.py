@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,17 @@ from megatron_ttt.layers.norm import PostNorm, statistics_dtype
 from megatron_ttt.layers.parameters import ParameterHolder, new_parameter, tensor_parallel_group
 from megatron_ttt.mixers.base import Dimensions, Parameter
 from megatron_ttt.mixers.inner_loop import InnerLoop
-from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.options import TTTOptions
 from megatron_ttt.mixers.ttt.packing import unpacked
-from megatron_ttt.mixers.ttt.parameters import ttt_parameters
 from megatron_ttt.mixers.ttt.refusals import refuse_arguments, refuse_config, refuse_mask
 from megatron_ttt.mixers.ttt.scan import ttt_scan
 from megatron_ttt.mixers.ttt.statistics import inner_statistics
 from megatron_ttt.ops.conv_rope import conv_rope
 from megatron_ttt.ops.rope import mini_batch_angles, rotate_pairs
+
+if TYPE_CHECKING:
+    from megatron_ttt.mixers.ttt.inner_model import InnerModel
+    from megatron_ttt.mixers.ttt.mixer import TTT
 
 
 @dataclass
@@ -47,11 +50,13 @@ class TTTMixerSubmodules:
     out_proj: ModuleSpec | type = None
 
 
-def ttt_mixer_spec(inner_model: InnerModel, options: TTTOptions, scan_backend: str) -> ModuleSpec:
-    """Return the spec of the mixer in the place of self-attention."""
+def ttt_mixer_spec(
+    mixer: TTT, options: TTTOptions, scan_backend: str, module: type[TTTMixer] | None = None
+) -> ModuleSpec:
+    """Return the spec of the mixer in the place of self-attention; module: None for TTTMixer."""
     return ModuleSpec(
-        module=TTTMixer,
-        params={"inner_model": inner_model, "options": options, "scan_backend": scan_backend},
+        module=module or TTTMixer,
+        params={"mixer": mixer, "options": options, "scan_backend": scan_backend},
         submodules=TTTMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
     )
 
@@ -73,7 +78,7 @@ class TTTMixer(MegatronModule, InnerLoop):
         submodules: TTTMixerSubmodules,
         layer_number: int,
         *,
-        inner_model: InnerModel,
+        mixer: TTT,
         options: TTTOptions,
         scan_backend: str = "auto",
         pg_collection=None,
@@ -84,7 +89,7 @@ class TTTMixer(MegatronModule, InnerLoop):
         super().__init__(config)
         refuse_config(config)
         self.options, self.layer_number, self.scan_backend = options, layer_number, scan_backend
-        self.inner_model = inner_model
+        self.mixer = mixer
         dims = Dimensions(config.hidden_size, config.num_attention_heads, config.init_method_std)
         tp_group = self.tp_group = tensor_parallel_group(pg_collection and pg_collection.tp)
         self.head_dim = dims.head_dim
@@ -119,14 +124,14 @@ class TTTMixer(MegatronModule, InnerLoop):
             tp_group=tp_group,
         )
         self.post_norm = PostNorm(config, D, tp_group=tp_group)
-        table = ttt_parameters(inner_model, dims, options)
+        table = mixer.parameters(dims, options)
         for conv in ("conv_q", "conv_k") if options.share_qk else ():
             own = [row for row in table if row.name.startswith(f"{conv}.")]
             setattr(self, conv, ParameterHolder(**{_tail(row): self._new(row) for row in own}))
         for row in table:
             if "." not in row.name:
                 self.register_parameter(row.name, self._new(row))
-        self.state_names = list(self.inner_model.state_shapes(dims.head_dim))
+        self.state_names = list(mixer.inner_model.state_shapes(dims.head_dim))
 
     def _new(self, row: Parameter) -> torch.nn.Parameter:
         return new_parameter(
@@ -222,10 +227,14 @@ class TTTMixer(MegatronModule, InnerLoop):
         if self.observer is not None:
             cos, sin = angles
             unrotated = rotate_pairs(k, cos, -sin)
-            self.observer(inner_statistics(self.inner_model, *inputs[1:], unrotated))
-        out_BHLF, _ = ttt_scan(self.inner_model, *inputs, backend=self.scan_backend)
+            self.observer(inner_statistics(self.inner_model(), *inputs[1:], unrotated))
+        out_BHLF, _ = ttt_scan(self.inner_model(), *inputs, backend=self.scan_backend)
         out_SBD = out_BHLF.permute(2, 0, 1, 3).flatten(2)
         return self.out_proj(self.post_norm(out_SBD, part.get("g")))
+
+    def inner_model(self) -> InnerModel:
+        """Return the model that the scan trains; a subclass may give it parameters of its own."""
+        return self.mixer.inner_model
 
     def _split_heads(self, x_SBD: Tensor) -> Tensor:
         """[S, B, H*F] -> [B, H, L, F]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +36,17 @@ class TTT(Mixer):
     Options = TTTOptions
 
     def __init__(
-        self, name: str, label: str, inner_model: InnerModel, *, warms_inner_lr: bool = False
+        self,
+        name: str,
+        label: str,
+        inner_model: InnerModel,
+        hf_code: HFCode,
+        *,
+        warms_inner_lr: bool = False,
     ):
         self.name, self.label, self.inner_model = name, label, inner_model
         self.warms_inner_lr = warms_inner_lr
-        classes = {"linear": "TTTLinear", "mlp": "TTTMLP"}
-        self.hf_code = HFCode(Path(__file__).parent / "mixer_ttt.py", classes[inner_model.name])
+        self.hf_code = hf_code
 
     def validate(self, dims: Dimensions, options: TTTOptions) -> None:
         """Raise UserError for options out of range."""
@@ -117,4 +121,4 @@ class TTT(Mixer):
         """Return the spec of the mixer; backend: see `ttt_scan`."""
         from megatron_ttt.mixers.ttt.layer import ttt_mixer_spec
 
-        return ttt_mixer_spec(self.inner_model, options, backend)
+        return ttt_mixer_spec(self, options, backend)

@@ -86,7 +86,7 @@ def mlp_step(q, x, v, lam, tau, gamma, beta, state, sums):
     return q + gamma * normalise(Z2)[0] + beta, sums
 
 
-def scan(q, k, v, lam, tau_K, gamma, beta, state, sums, span: Span):
+def scan(mixer: "TTTMixer", q, k, v, lam, tau_K, gamma, beta, state, sums, span: Span):
     """Read tokens from any position on; rows may stand at different positions.
 
     q, k, v [B, H, L, F], lam [B, H, L, 1] with zeros at padding, tau_K [K], gamma and beta
@@ -112,18 +112,18 @@ def scan(q, k, v, lam, tau_K, gamma, beta, state, sums, span: Span):
     lam = lam * held_BN.to(q.device)[:, None, :, None]
     tau_BN = tau_K[(slots_BN % K).to(q.device)][:, None, :, None]
 
-    step = linear_step if len(state) == 2 else mlp_step
     outputs = []
     for start in range(0, q.shape[2], K):
         part = slice(start, start + K)
         tokens = (x[:, :, part] for x in (q, k, v, lam, tau_BN))
-        output, sums = step(*tokens, gamma, beta, state, sums)
+        output, sums = mixer.step(*tokens, gamma, beta, state, sums)
         outputs.append(output)
         closing_B = closing_BN[:, part].any(1)
         if closing_B.any():
-            moved = closing_B.to(output)[:, None, None, None]
-            state = tuple(W - moved * tau_K[-1] * S for W, S in zip(state, sums))
-            sums = tuple((1 - moved) * S for S in sums)
+            moved = closing_B.to(output.device)[:, None, None, None]
+            closed = mixer.close(state, tuple(tau_K[-1] * S for S in sums))
+            state = tuple(torch.where(moved, new, W) for new, W in zip(closed, state))
+            sums = tuple(torch.where(moved, 0, S) for S in sums)
     output = torch.cat(outputs, dim=2)
     if moved_over:
         output = gather_tokens(output, offset_B[:, None] + torch.arange(L, device="cpu"))
@@ -155,8 +155,8 @@ class TTTMixer(Mixer):
 
     module_name = "seq_modeling_block"
     norm_names = ("seq_norm", "ffn_norm")
-    inner_model: str
-    """linear or mlp."""
+    inner_model: str | None
+    """What the installed package's faster scan calls it: linear or mlp; None: it has none."""
     multiples: tuple[int, ...]
     """How many head sizes wide its input, hidden layer and output are."""
 
@@ -186,7 +186,18 @@ class TTTMixer(Mixer):
             setattr(self, f"W{i}", nn.Parameter(torch.zeros(H, rows, columns)))
             setattr(self, f"b{i}", nn.Parameter(torch.zeros(H, 1, columns)))
             self.state_names += [f"W{i}", f"b{i}"]
+        # What has gradients; a subclass may carry more from mini-batch to mini-batch.
+        self.trained_names = list(self.state_names)
         self.post_norm = nn.LayerNorm(D, eps=LN_EPS)
+
+    @staticmethod
+    def step(q, x, v, lam, tau, gamma, beta, state, sums):
+        """Return outputs and new gradient sums for tokens of one mini-batch."""
+        raise NotImplementedError
+
+    def close(self, state, steps):
+        """Return the state after a whole mini-batch, whose summed gradient steps are given."""
+        return tuple(W - step for W, step in zip(state, steps))
 
     @staticmethod
     def pre_conv_width(options) -> int | None:
@@ -253,7 +264,8 @@ class TTTMixer(Mixer):
         tau = self._token_scale(dtype)
         gamma, beta = self.ttt_norm_weight, self.ttt_norm_bias
         state = tuple(getattr(self, name) for name in self.state_names)
-        if entry is None and ttt_scan is not None:
+        faster = ttt_scan is not None and self.inner_model is not None
+        if entry is None and faster:
             return ttt_scan(INNER_MODELS[self.inner_model], q, k, v, lam, tau, gamma, beta, state)[
                 0
             ]
@@ -262,12 +274,12 @@ class TTTMixer(Mixer):
         q, k, v, lam = (x.to(dtype) for x in (q, k, v, lam.unsqueeze(-1)))
         gamma, beta = (x.to(dtype).unsqueeze(-2) for x in (gamma, beta))
         state = tuple(W.to(dtype).expand(len(q), *W.shape) for W in state)
-        sums = tuple(torch.zeros_like(W) for W in state)
+        sums = tuple(torch.zeros_like(W) for W in state[: len(self.trained_names)])
         if entry and "W1" in entry:
             state = tuple(entry[name] for name in self.state_names)
-            sums = tuple(entry[f"sum_{name}"] for name in self.state_names)
+            sums = tuple(entry[f"sum_{name}"] for name in self.trained_names)
         K, L, outputs = len(tau), span.length, []
-        if ttt_scan is not None and not span.ragged and not (span.start_B % K).any() and L >= K:
+        if faster and not span.ragged and not (span.start_B % K).any() and L >= K:
             # Whole mini-batches from a mini-batch's start: nothing is summed up before or after.
             whole = L - L % K
             read = (x[:, :, :whole] for x in (*given, lam.squeeze(-1)))
@@ -283,12 +295,12 @@ class TTTMixer(Mixer):
             q, k, v, lam = (x[:, :, whole:] for x in (q, k, v, lam))
             span = Span(span.start_B + whole, span.lengths_B - whole, L - whole)
         if span.length:
-            output, state, sums = scan(q, k, v, lam, tau, gamma, beta, state, sums, span)
+            output, state, sums = scan(self, q, k, v, lam, tau, gamma, beta, state, sums, span)
             outputs.append(output)
         output = torch.cat(outputs, dim=2)
         if entry is not None:
-            for name, W, S in zip(self.state_names, state, sums):
-                entry[name], entry[f"sum_{name}"] = W, S
+            entry.update(zip(self.state_names, state))
+            entry.update((f"sum_{name}", S) for name, S in zip(self.trained_names, sums))
         return output
 
 
@@ -314,6 +326,7 @@ class TTTLinear(TTTMixer):
 
     inner_model = "linear"
     multiples = (1, 1)
+    step = staticmethod(linear_step)
     fp32_names = (*_FP32, "W1", "b1")
 
 
@@ -322,4 +335,5 @@ class TTTMLP(TTTMixer):
 
     inner_model = "mlp"
     multiples = (1, 4, 1)
+    step = staticmethod(mlp_step)
     fp32_names = (*_FP32, "W1", "b1", "W2", "b2")

@@ -17,4 +17,6 @@ def _load_kernels():
     return kernels.forward, kernels.backward
 
 
-LINEAR = InnerModel("linear", _state_shapes, mini_batch, predict, LinearWorkspace, _load_kernels)
+LINEAR = InnerModel(
+    "linear", _state_shapes, mini_batch, predict, (6, 4), LinearWorkspace, _load_kernels
+)

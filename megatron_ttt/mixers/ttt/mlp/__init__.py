@@ -29,4 +29,4 @@ def _load_kernels():
     return forward_kernel.forward, backward_kernel.backward
 
 
-MLP = InnerModel("mlp", _state_shapes, mini_batch, predict, MLPWorkspace, _load_kernels)
+MLP = InnerModel("mlp", _state_shapes, mini_batch, predict, (56, 20), MLPWorkspace, _load_kernels)

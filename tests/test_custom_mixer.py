@@ -1,0 +1,142 @@
+"""A mixer written outside the package: everything that the package's own mixers can."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from harness import ROOT, Job, model_sections, random_model, relative, run, section
+from small_run import small_recipe
+
+from megatron_ttt.config import load_config
+from megatron_ttt.mixers import load_mixers
+from megatron_ttt.mixers.ttt.linear import LINEAR
+from megatron_ttt.mixers.ttt.reference import expand_state, reference_scan
+
+MODULE = "examples.custom_mixer.momentum_ttt"
+STEPS, SAVED_AT = 6, 3
+
+
+def test_everything_a_mixer_can(tmp_path):
+    load_mixers([MODULE])
+    model = {"num_layers": 2, "mixer_modules": [MODULE]}
+    config, parameters = random_model(["momentum_ttt"], **model)
+    job = Job(tmp_path)
+    checkpoint = job.import_official("imported", config, parameters)
+    tokens = np.random.default_rng(1).integers(0, 96, (STEPS, 4, 43))
+    np.save(tmp_path / "tokens.npy", tokens)
+    recipe = {
+        **model_sections(config),
+        "optimizer": {"lr": 3e-3},
+        "training": {
+            "steps": STEPS,
+            "seq_length": 42,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "precision": "fp32",
+        },
+        "data": {"fixed_batches": str(tmp_path / "tokens.npy")},
+        "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
+    }
+
+    # It trains at TP2 + SP, is resumed there at PP2, and is the model of one process throughout.
+    job.train("one", "one", recipe, gradients=True)
+    exit_step = [f"training.exit_step={SAVED_AT}"]
+    job.train("tp2sp", "tp2sp", recipe, exit_step, gradients=True)
+    load = [f"checkpoint.load={tmp_path}/tp2sp/checkpoint-{SAVED_AT}"]
+    job.train("pp2", "pp2", recipe, load, after="tp2sp")
+    one, ours = job.tensors("one"), job.tensors("tp2sp")
+    gradients = section(one, "grad")
+    assert any(name.endswith("decay_logit") for name in gradients)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        assert relative(ours[f"grad/{name}"], gradient) < 1e-5, name
+    losses, _ = job.losses("one")
+    assert np.abs(job.losses("tp2sp")[0] - losses[:SAVED_AT]).max() < 1e-5
+    assert np.abs(job.losses("pp2", first=SAVED_AT + 1)[0] - losses[SAVED_AT:]).max() < 1e-5
+    trained = tmp_path / f"pp2/checkpoint-{STEPS}"
+
+    # It exports, loads in transformers and comes back.
+    convert = [sys.executable, "tools/convert_checkpoint.py"]
+    run([*convert, "export", "--checkpoint", trained, "--output", tmp_path / "hf"])
+    run([*convert, "import", "--hf", tmp_path / "hf", "--output", tmp_path / "again"])
+    run([*convert, "export", "--checkpoint", tmp_path / "again", "--output", tmp_path / "hf2"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "hf2")]
+    assert weights[0] == weights[1]
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, dtype=torch.float64
+    ).eval()
+
+    # It evaluates at another layout, to what transformers computes.
+    ids = torch.from_numpy(tokens[0][:, :42])
+    job.evaluate("logits", "tp2", trained, ids, "float64")
+    with torch.no_grad():
+        logits = theirs(ids, use_cache=False).logits
+        assert relative(job.tensors("logits")["logits"], logits) < 1e-6
+        # Token by token from a prompt that ends within a mini-batch.
+        output = theirs(ids[:, :21], use_cache=True)
+        parts = [output.logits]
+        for column in range(21, 42):
+            past = output.past_key_values
+            output = theirs(ids[:, column : column + 1], past_key_values=past, use_cache=True)
+            parts.append(output.logits)
+        assert relative(torch.cat(parts, dim=1), logits) < 1e-9
+
+    # It generates.
+    np.save(tmp_path / "prompt.npy", tokens[0][:, :21])
+    run(
+        [
+            *(sys.executable, "tools/generate.py", "--checkpoint", trained, "--greedy"),
+            *("--prompt-ids", tmp_path / "prompt.npy", "--max-new-tokens", 6),
+            *("--save-ids", tmp_path / "generated.npy", "run.device=cpu"),
+        ]
+    )
+    generated = torch.from_numpy(np.load(tmp_path / "generated.npy"))
+    assert generated.shape[1] in (6, 27)
+    expected = theirs.generate(ids[:, :21], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated[:, -6:], expected[:, -6:])
+
+
+def test_the_recipe_trains(tmp_path):
+    recipe = ROOT / "examples/custom_mixer/recipe.yaml"
+    config = load_config([recipe])
+    assert config.model.pattern == ["momentum_ttt"]
+    overrides = [part for part in small_recipe(tmp_path) if "=" in str(part)]
+    command = [sys.executable, "pretrain_ttt.py", "--config", recipe, *overrides]
+    run([*command, f"run.dir={tmp_path}/run"])
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] > 0 for line in lines if "loss" in line]
+
+
+def test_without_momentum_and_decay_it_is_ttt_linear():
+    load_mixers([MODULE])
+    from functools import partial
+
+    from examples.custom_mixer.momentum_ttt import MOMENTUM, momentum_mini_batch
+
+    random = torch.Generator().manual_seed(0)
+    B, H, L, F, K = 2, 3, 41, 8, 16
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    inputs = (*normal(3, B, H, L, F), normal(B, H, L).sigmoid() / F, normal(K).abs())
+    inputs = (*inputs, *normal(2, H, F))
+    W, b = 0.1 * normal(H, F, F), 0.1 * normal(H, 1, F)
+    state = (W, b, torch.zeros_like(W), torch.zeros_like(b))
+
+    def scan(momentum: float, decay: float):
+        rates = (torch.full((H, 1, 1), rate, dtype=torch.float64) for rate in (momentum, decay))
+        model = MOMENTUM.__class__(
+            *("momentum", MOMENTUM.state_shapes, partial(momentum_mini_batch, *rates)),
+            *(MOMENTUM.predict, MOMENTUM.flops),
+        )
+        return reference_scan(model, *inputs, expand_state(state, inputs))
+
+    linear, (linear_W, _) = reference_scan(LINEAR, *inputs, expand_state((W, b), inputs))
+    output, (plain_W, *_) = scan(0.0, 0.0)
+    assert relative(output, linear) < 1e-12 and relative(plain_W, linear_W) < 1e-12
+    assert relative(scan(0.5, 0.0)[0], linear) > 1e-3
+    assert relative(scan(0.0, 0.5)[0], linear) > 1e-3
