@@ -277,6 +277,17 @@ def test_a_written_folder_is_loaded_and_saved_again(name, tied, tmp_path):
     assert block.W1.dtype == torch.float32 and block.q_proj.weight.dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_folders_of_one_name_in_one_process(tmp_path):
+    """Each has its own mixers; the second model is not made by the first one's code."""
+    ids = random_ids(1, 13)
+    for name, (types, mixers) in HYBRIDS.items():
+        folder = tmp_path / name.replace(":", "_") / "final_model"
+        model = build(types, mixers)
+        written(model, folder, {kind: CODES[kind] for kind in mixers})
+        assert relative(uncached(loaded(folder), ids), uncached(model, ids)) < 1e-12
+
+
 def test_only_the_files_in_use_are_written(tmp_path):
     for kind, file in (("ttt_mlp", "mixer_ttt.py"), ("attention", "mixer_attention.py")):
         (tmp_path / kind).mkdir()

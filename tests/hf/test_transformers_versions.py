@@ -47,5 +47,5 @@ FILES = ["tests/hf/test_modeling.py", "tests/hf/test_hybrid_modeling.py"]
 # What goes through transformers; the arithmetic of the splits is torch's alone.
 CASES = (
     "batch_of_unequal or sampling or saving or trainer or official_logits or generation or cache "
-    "or written_folder or official_keys or outside or mistral or wrong_configuration"
+    "or folder or official_keys or outside or mistral or wrong_configuration"
 )
