@@ -39,6 +39,7 @@ def trainer_side(folder: Path, platform) -> dict:
     from megatron_ttt.config import load_config
     from megatron_ttt.model import build_chunks, initialise_weights, make_transformer_config
     from megatron_ttt.platform import seed_everything
+    from megatron_ttt.stack import architecture_of
 
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
     sizes += [f"model.num_heads={HEADS}", f"model.vocab_size={VOCABULARY}"]
@@ -47,7 +48,7 @@ def trainer_side(folder: Path, platform) -> dict:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     seed_everything(0)
     (chunk,) = build_chunks(config, make_transformer_config(config, platform))
-    initialise_weights(chunk, config.model, seed=0)
+    initialise_weights(chunk, architecture_of(config), seed=0)
     start = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     return {"start": start, **five_steps(chunk)}
 
