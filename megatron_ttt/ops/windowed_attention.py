@@ -24,8 +24,8 @@ def windowed_attention(
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(F)) v, where each token attends to `window` tokens up to itself.
 
-    Time and memory a token do not grow with L under a window; without one memory does not. The
-    scores are not materialised, except on CUDA in float64, for which PyTorch has no fused kernel.
+    Memory a token does not grow with L; under a window, nor does time. The scores are not
+    materialised, except on CUDA in float64, for which PyTorch has no fused kernel.
 
     Args:
         q_BHLF: queries; floating point, of the same dtype as keys and values.
@@ -44,7 +44,7 @@ def windowed_attention(
         raise ValueError(f"{H} heads cannot share {G} groups evenly")
     if window is not None and window < 1:
         raise ValueError(f"window={window} is too small: a token attends to itself at least")
-    # Of the fused kernels for CUDA only some share keys among heads, so the keys are repeated here.
+    # Repeated: not every fused kernel of every supported PyTorch shares keys among heads.
     k_BHLF, v_BHLF = (
         x.unsqueeze(2).expand(-1, -1, H // G, -1, -1).flatten(1, 2) for x in (k_BGLF, v_BGLF)
     )
