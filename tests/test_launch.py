@@ -106,7 +106,7 @@ def test_refusals():
 
 def test_the_menu_plans_before_it_trains():
     output = launch("launch_training.sh", answers="350m\n2\n\n8\nn\n")
-    assert "ttt_mlp, 348.8M parameters" in output
+    assert "TTT-MLP, 348.8M parameters" in output
     assert "8 processes" in output and "Step 1" not in output
     assert "huge is none of" in launch("launch_training.sh", answers="huge\n", expect=2)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_ttt.mixers import register_mixer
-from megatron_ttt.mixers.base import Dimensions, Parameter
+from megatron_ttt.mixers.base import Dimensions, Microbatch, Parameter
 from megatron_ttt.mixers.hf_code import HFCode
 from megatron_ttt.mixers.ttt import HF_FILE
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
@@ -91,6 +91,12 @@ class MomentumTTT(TTT):
     def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
         """Return why a backend cannot run: there is the reference alone."""
         return None if backend in ("auto", "naive") else "momentum_ttt has the reference form alone"
+
+    def saved_state_bytes(self, options: TTTOptions, batch: Microbatch) -> float:
+        """Return the bytes that autograd saves: some eight matrices a mini-batch and head."""
+        mini_batches = -(-batch.seq_length // options.mini_batch_size)
+        heads = batch.sequences * batch.dims.num_heads / batch.tp
+        return heads * mini_batches * 8 * 4 * batch.dims.head_dim**2
 
     def spec(self, options: TTTOptions, backend: str = "auto"):
         """Return the spec of the module."""

@@ -9,15 +9,14 @@ from torch import nn
 
 from megatron_ttt import platform as platforms
 from megatron_ttt.config import Config, TrainingConfig
-from megatron_ttt.hf.configuration import hf_config_of, hf_form
+from megatron_ttt.hf.configuration import hf_config_of, is_llama
 from megatron_ttt.stack import Architecture
 
 
 def build_hf_model(architecture: Architecture, **more: Any) -> nn.Module:
     """Return transformers' model, with initial weights; `more` goes to its config."""
     config = {k: v for k, v in hf_config_of(architecture).items() if k != "model_type"}
-    form = hf_form(architecture)
-    if form is not None and form.model_type == "llama":
+    if is_llama(architecture):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig(**{**config, **more}))

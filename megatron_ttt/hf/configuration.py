@@ -150,6 +150,12 @@ def hf_form(architecture: Architecture) -> HFModel | None:
     return layer.mixer.hf_model(architecture.dims, layer.options)
 
 
+def is_llama(architecture: Architecture) -> bool:
+    """Whether a model is a Llama to Hugging Face, whose code transformers has."""
+    form = hf_form(architecture)
+    return form is not None and form.model_type == "llama"
+
+
 def hf_config_of(architecture: Architecture) -> dict[str, Any]:
     """Return config.json's description of an architecture: nothing about tokens or dtype."""
     model, form = architecture.model, hf_form(architecture)

@@ -21,7 +21,7 @@ from megatron_ttt.config import Config, config_with_defaults
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
 from megatron_ttt.hf.code import codes_of, write_code
-from megatron_ttt.hf.configuration import hf_config_of
+from megatron_ttt.hf.configuration import hf_config_of, is_llama
 from megatron_ttt.hf.export_manifest import write_source
 from megatron_ttt.hf.mapping import split
 from megatron_ttt.hf.model_card import model_card
@@ -133,8 +133,6 @@ def _write_configuration(
 ) -> None:
     """config.json, generation_config.json, the code and the model card."""
     architecture, official = architecture_of(config), checkpoint.state.get("official", {})
-    described = hf_config_of(architecture)
-    is_llama = described["model_type"] == "llama"
     # An imported config.json that leaves out EOS stands for transformers' default.
     eos = 2 if "official" in checkpoint.state else None
     ids = {"bos_token_id": config.data.bos_id, "eos_token_id": eos, "pad_token_id": None}
@@ -148,19 +146,19 @@ def _write_configuration(
         # its config's pad id from being trained, which this one is.
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-        in_config["pad_token_id"] = None if is_llama else ids["pad_token_id"]
+        in_config["pad_token_id"] = None if is_llama(architecture) else ids["pad_token_id"]
     projection = next(name for name in architecture.parameters() if "linear_fc1" in name)
     stored = DTYPES[dtype] if dtype else tensors.dtype(projection)
     trained = config.training.seq_length if "training" in checkpoint.config else 2048
     tree = {
-        **described,
+        **hf_config_of(architecture),
         "max_position_embeddings": official.get("max_position_embeddings", trained),
         **in_config,
         "torch_dtype": str(stored).removeprefix("torch."),
     }
     _write_json(folder / "config.json", tree)
     _write_json(folder / "generation_config.json", ids)
-    if not is_llama:
+    if not is_llama(architecture):
         write_code(folder, codes_of(architecture))
     (folder / "README.md").write_text(model_card(checkpoint, config, tokenizer is not None))
 

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_ttt.checkpoint.run_folder import Checkpoint
 from megatron_ttt.config import Config
-from megatron_ttt.hf.configuration import hf_config_of
+from megatron_ttt.hf.configuration import is_llama
 from megatron_ttt.stack import architecture_of
 
 
@@ -17,8 +17,7 @@ def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> s
     """Markdown with recipe, data, steps and losses; what is not known is left out."""
     model, architecture = config.model, architecture_of(config)
     name = architecture.label
-    is_llama = hf_config_of(architecture)["model_type"] == "llama"
-    trust = "" if is_llama else ", trust_remote_code=True"
+    trust = "" if is_llama(architecture) else ", trust_remote_code=True"
     lines = [
         "---",
         "library_name: transformers",
@@ -33,7 +32,7 @@ def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> s
             "state of a layer is itself a model, trained while a sequence is read. Memory per "
             "token is constant."
             if architecture.has_inner_loop
-            else " (the Llama architecture)." * is_llama
+            else " (the Llama architecture)." * is_llama(architecture)
         ),
         "",
         "```python",

@@ -28,7 +28,7 @@ class Attention(Mixer):
     heads of keys and values of their own or shared."""
 
     name = "attention"
-    label = "Transformer"
+    label = "Attention"
     hf_norms = ("input_layernorm", "post_attention_layernorm")
     hf_module = "self_attn"
     hf_defaults = HF_DEFAULTS
@@ -82,6 +82,10 @@ class Attention(Mixer):
         w, columns = batch.width, batch.columns
         kv = columns * _kv_heads(batch.dims, options) / batch.dims.num_heads
         saved = [w * (columns + 2 * kv), w * columns, w * kv]  # q, k, v; q and k, rotated
+        if kv < columns:
+            saved += [w * columns, w * columns]  # keys and values, repeated for the query heads
+        if options.window is not None and options.window < batch.seq_length:
+            saved += [w * columns]  # the outputs of the window's blocks
         saved += [w * batch.rows, w * columns]  # into the projection; attention's output
         return [*saved, w * columns] if batch.sequences > 1 else saved  # made contiguous
 
