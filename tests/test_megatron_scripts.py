@@ -26,7 +26,7 @@ PRETRAIN = shlex.split("""
     --seq-length 40 --max-position-embeddings 40 --hidden-dropout 0 --attention-dropout 0
     --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant
     --mock-data --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 96
-    --log-interval 1 --eval-iters 0 --save-interval 5 --train-iters 5
+    --log-interval 1 --eval-iters 0 --eval-interval 100 --save-interval 5 --train-iters 5
     --bf16 --use-distributed-optimizer
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --distributed-backend gloo --use-cpu-initialization --transformer-impl local --num-workers 0
