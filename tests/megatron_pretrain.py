@@ -21,8 +21,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E
 )
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.optimizer import ParamGroupOverride, ParamKey  # noqa: E402
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
-from megatron.training import get_args, pretrain  # noqa: E402
+from megatron.training import get_args, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
@@ -31,6 +32,16 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 # The wheel has the helpers compiled, but no Makefile.
 megatron.core.datasets.utils.compile_helpers = lambda: None
+
+standard = training.get_standard_config_overrides
+
+
+def one_dtype_a_group(config):
+    """Megatron's parameter groups, and one of the float32 parameters of a bf16 model."""
+    return {**standard(config), ParamKey(attr="keep_fp32"): ParamGroupOverride(fp32=True)}
+
+
+training.get_standard_config_overrides = one_dtype_a_group
 
 
 def forward_step(batches, model):

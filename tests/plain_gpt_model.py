@@ -62,15 +62,16 @@ def plain_side(folder: Path, platform) -> dict:
     from megatron_ttt.layers.norm import RMSNorm
 
     spec = import_module(("megatron_ttt.mixers", "ttt_linear_spec"))
+    # Without Transformer Engine, megatron-core's last norm knows no sequence parallelism.
+    block = TransformerBlockSubmodules([spec] * SIZES["num_layers"], RMSNorm)
     # Where each of the two ranks is alone in the global group, all has to come from the given one.
     parallel_state.initialize_model_parallel()
     groups = lone_groups()
-    written = {"own_group": five_steps(load(build(platform, spec, groups), folder), groups.tp)}
+    model = load(build(platform, block, groups, sequence_parallel=True), folder)
+    written = {"own_group": five_steps(model, groups.tp)}
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     written["plain"] = five_steps(load(build(platform, spec), folder))
-    # megatron-core's norm after the last layer cannot do this without Transformer Engine.
-    block = TransformerBlockSubmodules([spec] * SIZES["num_layers"], RMSNorm)
     model = load(build(platform, block, sequence_parallel=True, **RECOMPUTED), folder)
     written["sequence_parallel"] = five_steps(model)
     for name, on_cpu in (("drawn_whole", True), ("drawn_in_parts", False)):
