@@ -19,10 +19,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from megatron_ttt.data.atomic_file import partial_suffix, remove_partials
-from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.encoder import EncodedBlock, Encoder, Options, encode_here
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES, Block
-from megatron_ttt.data.shard_jobs import Listener, shard_items, write_tasks
+from megatron_ttt.data.shard_jobs import BuildJob, Listener, shard_items, write_tasks
 from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
@@ -34,40 +33,27 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_locally(
-    workspace: Workspace,
+    job: BuildJob,
     shards: Sequence[Shard],
     encoder: Encoder,
-    fingerprint: dict,
-    on_error: str,
     listener: Listener,
     workers: int,
 ) -> None:
     """Do the tasks of the shards. Raises `UserError` as soon as one task does, or a worker dies;
     tasks that are done then stay done."""
     if len(shards) > 1 and workers > 1:
-        _run_tasks(workspace, shards, encoder.options, fingerprint, on_error, listener, workers)
+        _run_tasks(job, shards, listener, workers)
         return
-    items = encode_in_order(shard_items(shards, encoder.options), encoder, workers)
-    write_tasks(
-        workspace, shards, items, encoder.options, fingerprint, encoder.dtype, on_error, listener
-    )
+    items = encode_in_order(shard_items(shards, job.options), encoder, workers)
+    write_tasks(job, shards, items, encoder.dtype, listener)
 
 
-def _run_tasks(
-    workspace: Workspace,
-    shards: Sequence[Shard],
-    options: Options,
-    fingerprint: dict,
-    on_error: str,
-    listener: Listener,
-    workers: int,
-) -> None:
+def _run_tasks(job: BuildJob, shards: Sequence[Shard], listener: Listener, workers: int) -> None:
     todo, count = deque(shards), min(workers, len(shards))
     helpers = [workers // count + (number < workers % count) for number in range(count)]
     pool = _Processes()
     try:
-        arguments = (workspace.output_prefix, options, fingerprint, on_error)
-        pool.start(_do_tasks, [(*arguments, number) for number in helpers], daemon=False)
+        pool.start(_do_tasks, [(job, number) for number in helpers], daemon=False)
         idle, busy = list(pool.pipes), []
         while todo or busy:
             while todo and idle:
@@ -87,7 +73,7 @@ def _run_tasks(
     finally:
         pool.close()
         for process in pool.started():
-            remove_partials(workspace.folder, suffix=partial_suffix(process.pid))
+            remove_partials(job.workspace.folder, suffix=partial_suffix(process.pid))
 
 
 class _Reports(Listener):
@@ -106,25 +92,16 @@ class _Reports(Listener):
         self._parent.send(("note", *values))
 
 
-def _do_tasks(
-    parent: Connection,
-    output_prefix: str,
-    options: Options,
-    fingerprint: dict,
-    on_error: str,
-    workers: int,
-) -> None:
+def _do_tasks(parent: Connection, job: BuildJob, workers: int) -> None:
     """Do the tasks of the shards that come through the pipe, in a worker."""
     encoder = None
     try:
-        workspace, reports = Workspace(output_prefix), _Reports(parent)
+        reports = _Reports(parent)
         while True:
             shard = parent.recv()
-            encoder = encoder or Encoder(options)
-            items = encode_in_order(shard_items([shard], options), encoder, workers)
-            write_tasks(
-                workspace, [shard], items, options, fingerprint, encoder.dtype, on_error, reports
-            )
+            encoder = encoder or Encoder(job.options)
+            items = encode_in_order(shard_items([shard], job.options), encoder, workers)
+            write_tasks(job, [shard], items, encoder.dtype, reports)
             parent.send(("done",))
     except (UserError, OSError) as error:
         parent.send(("failed", error))

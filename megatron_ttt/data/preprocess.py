@@ -18,6 +18,7 @@ from megatron_ttt.data.local_engine import available_cpus, run_locally
 from megatron_ttt.data.merge import merge_tasks, planned_outputs
 from megatron_ttt.data.progress import Progress
 from megatron_ttt.data.reader import MAX_DOCUMENT_BYTES
+from megatron_ttt.data.shard_jobs import BuildJob
 from megatron_ttt.data.shards import find_shards
 from megatron_ttt.data.signals import stop_on_signals
 from megatron_ttt.data.tokenizer import default_backend
@@ -98,6 +99,7 @@ def preprocess(
             index, count = array
             shards = shards[index * len(shards) // count : (index + 1) * len(shards) // count]
         todo = [s for s in shards if workspace.manifest(s, plan.options, on_error) is None]
+        job = BuildJob(workspace.output_prefix, options, plan.options, on_error)
         log = Path(f"{workspace.output_prefix}{f'.{part}' if part else ''}.log")
         progress = Progress(log, todo)
         progress.log(f"begins: {len(todo)} shards to do, {json.dumps(plan.options)}")
@@ -107,9 +109,9 @@ def preprocess(
             if engine == "ray":
                 from megatron_ttt.data.ray_engine import run_on_ray
 
-                run_on_ray(workspace, todo, options, plan.options, on_error, progress)
+                run_on_ray(job, todo, progress)
             else:
-                run_locally(workspace, todo, encoder, plan.options, on_error, progress, workers)
+                run_locally(job, todo, encoder, progress, workers)
             if array:
                 return None
             final = merge_tasks(workspace, plan, on_error, workers)

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_ttt.data.build_folder import Workspace
 from megatron_ttt.data.encoder import Encoder, Options, encode_here
-from megatron_ttt.data.shard_jobs import Listener, shard_items, write_tasks
+from megatron_ttt.data.shard_jobs import BuildJob, Listener, shard_items, write_tasks
 from megatron_ttt.data.shards import Shard
 from megatron_ttt.errors import UserError
 
@@ -34,14 +33,7 @@ class _Notes(Listener):
         self.notes.append(message)
 
 
-def run_on_ray(
-    workspace: Workspace,
-    shards: Sequence[Shard],
-    options: Options,
-    fingerprint: dict,
-    on_error: str,
-    listener: Listener,
-) -> None:
+def run_on_ray(job: BuildJob, shards: Sequence[Shard], listener: Listener) -> None:
     """Do the tasks of the shards on the cluster at `RAY_ADDRESS`, or on one of this machine alone.
 
     Raises `UserError` as soon as one task does; tasks that are done then stay done.
@@ -50,8 +42,7 @@ def run_on_ray(
         # A lost node or process is no failure of a task: it is tried again for as long as it takes.
         remote = ray.remote(num_cpus=1, max_retries=-1)(_run_task)
         try:
-            arguments = (workspace.output_prefix, options, fingerprint, on_error)
-            pending = {remote.remote(shard, *arguments): shard for shard in shards}
+            pending = {remote.remote(job, shard): shard for shard in shards}
             while pending:
                 (done, *_), _ = ray.wait(list(pending))
                 shard = pending.pop(done)
@@ -116,28 +107,24 @@ def _signal_handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_task(
-    shard: Shard, output_prefix: str, options: Options, fingerprint: dict, on_error: str
-) -> tuple[str, list[str], dict[str, Any]]:
+def _run_task(job: BuildJob, shard: Shard) -> tuple[str, list[str], dict[str, Any]]:
     """One shard, on a node: what went wrong, what to tell the user, and the manifest."""
-    listener = _Notes()
+    listener, options = _Notes(), job.options
     try:
         if options not in _encoders:
             _encoders[options] = Encoder(options)
         encoder = _encoders[options]
-        if options.fingerprint(encoder.tokenizer) != fingerprint:
+        if options.fingerprint(encoder.tokenizer) != job.fingerprint:
             raise UserError(f"{options.tokenizer_model} differs from node to node")
-        workspace = Workspace(output_prefix)
-        if workspace.manifest(shard, fingerprint, on_error) is None:
+        manifest = job.workspace.manifest(shard, job.fingerprint, job.on_error)
+        if manifest is None:
             items = encode_here(shard_items([shard], options), encoder)
-            write_tasks(
-                workspace, [shard], items, options, fingerprint, encoder.dtype, on_error, listener
-            )
+            write_tasks(job, [shard], items, encoder.dtype, listener)
         else:
             # An attempt whose node died had published it.
-            listener.manifest = workspace.manifest(shard, fingerprint, on_error) or {}
+            listener.manifest = manifest
     except UserError as error:
         return str(error), listener.notes, {}
     except OSError as error:
-        return f"cannot write {output_prefix}: {error.strerror or error}", listener.notes, {}
+        return f"cannot write {job.output_prefix}: {error.strerror or error}", listener.notes, {}
     return "", listener.notes, listener.manifest

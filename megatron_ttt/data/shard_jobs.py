@@ -21,6 +21,23 @@ ON_ERROR = ("fail", "skip")
 
 
 @dataclass(frozen=True)
+class BuildJob:
+    """What every task of a run is told, on whatever machine it is done."""
+
+    output_prefix: str
+    options: Options
+    fingerprint: dict
+    """Of the options and the tokenizer's files; what manifests record."""
+    on_error: str
+    """What is done with bad input: "fail", or "skip" it."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """The folder of the run."""
+        return Workspace(self.output_prefix)
+
+
+@dataclass(frozen=True)
 class ShardFailed:
     """A shard could not be read to its end."""
 
@@ -86,22 +103,19 @@ def shard_items(
 
 
 def write_tasks(
-    workspace: Workspace,
+    job: BuildJob,
     shards: Sequence[Shard],
     items: Iterator[EncodedBlock | ShardRead | ShardFailed],
-    options: Options,
-    fingerprint: dict,
     dtype: np.dtype,
-    on_error: str,
     listener: Listener,
 ) -> None:
     """Write the items of the shards, in their order; each shard is published when it is whole.
 
-    With `on_error` "fail" the first bad line or shard raises `UserError`; with "skip" bad lines are
-    left out, and of a bad shard everything.
+    dtype: of token ids. With `on_error` "fail" the first bad line or shard raises `UserError`; with
+    "skip" bad lines are left out, and of a bad shard everything.
     """
     for shard in shards:
-        task = _TaskWriter(workspace, shard, options, fingerprint, dtype, on_error, listener)
+        task = _TaskWriter(job, shard, dtype, listener)
         try:
             for item in items:
                 if isinstance(item, EncodedBlock):
@@ -114,22 +128,13 @@ def write_tasks(
 
 
 class _TaskWriter:
-    def __init__(
-        self,
-        workspace: Workspace,
-        shard: Shard,
-        options: Options,
-        fingerprint: dict,
-        dtype: np.dtype,
-        on_error: str,
-        listener: Listener,
-    ) -> None:
-        self._workspace, self._shard, self._listener = workspace, shard, listener
-        self._fingerprint, self._skip, self._dtype = fingerprint, on_error == "skip", dtype
+    def __init__(self, job: BuildJob, shard: Shard, dtype: np.dtype, listener: Listener) -> None:
+        self._workspace, self._shard, self._listener = job.workspace, shard, listener
+        self._fingerprint, self._skip, self._dtype = job.fingerprint, job.on_error == "skip", dtype
         self._counts = Counts()
-        workspace.start_task(shard)
+        self._workspace.start_task(shard)
         self._writers: dict[str, IndexedWriter] = {}
-        self._streams = [stream_name(*stream) for stream in options.streams]
+        self._streams = [stream_name(*stream) for stream in job.options.streams]
         self._open()
 
     def _open(self) -> None:

@@ -41,7 +41,7 @@ def test_only_the_cluster_that_is_named_is_joined(monkeypatch, address):
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=r"no Ray cluster \(nobody there\); check RAY_ADDRESS"):
-        ray_engine.run_on_ray(None, [], None, {}, "fail", None)
+        ray_engine.run_on_ray(None, [], None)
     assert asked == ([(address, None)] if address else [("local", False)])
 
 
