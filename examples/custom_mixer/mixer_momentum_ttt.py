@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from .mixer_ttt import TTTLinear, linear_step
+from .inner_loop_ttt import linear_step
+from .mixer_ttt import TTTLinear
 
 RATES = {"momentum_logit": -1.0, "decay_logit": -4.0}
 

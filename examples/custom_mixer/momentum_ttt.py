@@ -20,7 +20,7 @@ import torch
 from megatron_ttt.mixers import register_mixer
 from megatron_ttt.mixers.base import Dimensions, Microbatch, Parameter
 from megatron_ttt.mixers.hf_code import HFCode
-from megatron_ttt.mixers.ttt import HF_FILE
+from megatron_ttt.mixers.ttt import HF_FILES
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.layer import TTTMixer, ttt_mixer_spec
 from megatron_ttt.mixers.ttt.linear.reference import mini_batch, predict
@@ -109,7 +109,7 @@ class MomentumTTT(TTT):
         """Return None, as above."""
 
 
-HF_CODE = HFCode(Path(__file__).parent / "mixer_momentum_ttt.py", "MomentumTTT", needs=(HF_FILE,))
+HF_CODE = HFCode(Path(__file__).parent / "mixer_momentum_ttt.py", "MomentumTTT", needs=HF_FILES)
 MOMENTUM_TTT = register_mixer(
     MomentumTTT("momentum_ttt", "TTT-Linear with momentum", MOMENTUM, HF_CODE)
 )

@@ -49,7 +49,9 @@ def mixers_in_use(mixers: dict[str, HFCode]) -> str:
     all of them; 4.57 copies no file that only such a file imports.
     """
     codes = [mixers[name] for name in sorted(mixers)]
-    imports = sorted({f"from .{code.path.stem} import {code.class_name}\n" for code in codes})
+    needed = dict.fromkeys(path.stem for code in codes for path in code.needs)
+    imports = [f"from .{stem} import __name__ as _\n" for stem in needed]
+    imports += sorted({f"from .{code.path.stem} import {code.class_name}\n" for code in codes})
     table = [f'MIXERS["{name}"] = {mixers[name].class_name}\n' for name in sorted(mixers)]
     return "".join(["\n# The mixers in use.\n", *imports, "\n", *table])
 

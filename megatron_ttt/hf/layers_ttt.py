@@ -1,7 +1,7 @@
 """What the block is made of, and what a mixer must be to stand in one.
 
 A mixer's file holds a subclass of `Mixer`. It may import torch, transformers, this file,
-cache_ttt.py and configuration_ttt.py, and those files of other mixers that its `HFCode` needs.
+cache_ttt.py and configuration_ttt.py, and those that its `HFCode` needs.
 """
 
 import torch

@@ -13,4 +13,4 @@ class HFCode:
     class_name: str
     """The subclass of its `Mixer`."""
     needs: tuple[Path, ...] = ()
-    """Files of other mixers that it imports."""
+    """Further files that it imports, each after those that itself needs."""

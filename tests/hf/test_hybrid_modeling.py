@@ -258,7 +258,7 @@ def test_a_written_folder_is_loaded_and_saved_again(name, tied, tmp_path):
     model = build(types, mixers, tie_word_embeddings=tied)
     folder, again = tmp_path / f"hybrid{types[0]}{tied}", tmp_path / f"again{types[0]}{tied}"
     written(model, folder, {kind: CODES[kind] for kind in mixers})
-    assert code_of(folder) == CODE | {"mixer_ttt.py", "mixer_attention.py"}
+    assert code_of(folder) == CODE | {"mixer_ttt.py", "inner_loop_ttt.py", "mixer_attention.py"}
     tree = json.loads((folder / "config.json").read_text())
     assert tree["layer_types"] == types and tree["mixers"] == mixers
     assert not tree.keys() & {"mixer_types", "ttt_layer_type", "mini_batch_size", "use_gate"}
@@ -289,10 +289,11 @@ def test_folders_of_one_name_in_one_process(tmp_path):
 
 
 def test_only_the_files_in_use_are_written(tmp_path):
-    for kind, file in (("ttt_mlp", "mixer_ttt.py"), ("attention", "mixer_attention.py")):
+    files = {"ttt_mlp": {"mixer_ttt.py", "inner_loop_ttt.py"}, "attention": {"mixer_attention.py"}}
+    for kind, own in files.items():
         (tmp_path / kind).mkdir()
         write_code(tmp_path / kind, {kind: CODES[kind]})
-        assert code_of(tmp_path / kind) == CODE | {file}
+        assert code_of(tmp_path / kind) == CODE | own
     twice = {"ttt_mlp": CODES["ttt_mlp"], "other": HFCode(tmp_path / "mixer_ttt.py", "Other")}
     with pytest.raises(ValueError, match="have one name in an export"):
         write_code(tmp_path, twice)

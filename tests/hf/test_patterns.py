@@ -8,6 +8,7 @@ import torch
 from harness import Job, further, random_model, relative, write_official
 from safetensors.torch import load_file
 
+from megatron_ttt.hf import code
 from megatron_ttt.hf.exporter import export_checkpoint
 from megatron_ttt.hf.importer import import_directory
 from megatron_ttt.hf.loading import load_directory
@@ -27,11 +28,14 @@ MODELS = {
     ),
 }
 FILES = {
-    "3to1": {"mixer_ttt.py", "mixer_attention.py"},
-    "1to1": {"mixer_ttt.py", "mixer_attention.py"},
+    "3to1": {"mixer_ttt.py", "inner_loop_ttt.py", "mixer_attention.py"},
+    "1to1": {"mixer_ttt.py", "inner_loop_ttt.py", "mixer_attention.py"},
     "windowed": {"mixer_attention.py"},
     "grouped_llama": set(),
 }
+
+
+COMMON = set(code.COMMON)
 
 
 @pytest.mark.parametrize("name", ["3to1", "grouped_llama", further("1to1"), further("windowed")])
@@ -48,7 +52,7 @@ def test_round_trip(tmp_path, name):
     weights = load_file(tmp_path / "hf/model.safetensors")
     assert weights.keys() == parameters.keys()
     assert all(torch.equal(weights[key], parameters[key]) for key in parameters)
-    assert {path.name for path in (tmp_path / "hf").glob("mixer_*.py")} == FILES[name]
+    assert {path.name for path in (tmp_path / "hf").glob("*.py")} - COMMON == FILES[name]
     import_directory(tmp_path / "hf", tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "hf2")
     for file in ("model.safetensors", "config.json"):

@@ -13,7 +13,14 @@ from megatron_ttt.mixers.ttt.linear import LINEAR
 from megatron_ttt.mixers.ttt.mixer import TTT
 from megatron_ttt.mixers.ttt.mlp import MLP
 
-HF_FILE = Path(__file__).parent / "mixer_ttt.py"
+_HERE = Path(__file__).parent
+HF_FILES = (_HERE / "inner_loop_ttt.py", _HERE / "mixer_ttt.py")
 """Both layers in transformers."""
-TTT_LINEAR = TTT("ttt_linear", "TTT-Linear", LINEAR, HFCode(HF_FILE, "TTTLinear"))
-TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP, HFCode(HF_FILE, "TTTMLP"), warms_inner_lr=True)
+
+
+def _hf_code(class_name: str) -> HFCode:
+    return HFCode(HF_FILES[1], class_name, needs=HF_FILES[:1])
+
+
+TTT_LINEAR = TTT("ttt_linear", "TTT-Linear", LINEAR, _hf_code("TTTLinear"))
+TTT_MLP = TTT("ttt_mlp", "TTT-MLP", MLP, _hf_code("TTTMLP"), warms_inner_lr=True)
