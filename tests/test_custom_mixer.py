@@ -139,7 +139,7 @@ def test_the_estimate_of_memory_is_what_autograd_saves():
 
     model = replace(MOMENTUM, mini_batch=partial(momentum_mini_batch, *rates))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output, _ = reference_scan(model, *inputs, expand_state(state, inputs))
+        reference_scan(model, *inputs, expand_state(state, inputs))
     measured = sum(storage.nbytes() for at, storage in saved.items() if at not in given)
     batch = Microbatch(B, L, Dimensions(H * F, H, 0.02), 4, 1, False, True, "auto")
     assert abs(MOMENTUM_TTT.saved_state_bytes(options, batch) / measured - 1) < 0.1

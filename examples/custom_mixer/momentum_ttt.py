@@ -111,6 +111,14 @@ class MomentumTTT(TTT):
         ]
         return [*super().parameters(dims, options), *rates]
 
+    def spec(self, options: MomentumOptions, backend: str = "auto"):
+        """Return the spec of the module."""
+        return ttt_mixer_spec(self, options, "naive", module=MomentumLayer)
+
+    def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
+        """Return why a backend cannot run: only the reference is implemented."""
+        return None if backend in ("auto", "naive") else "momentum_ttt has only naive"
+
     def saved_state_bytes(self, options: MomentumOptions, batch: Microbatch) -> float:
         """Return the bytes that autograd saves of the scan: W and S of every mini-batch, and the
         float32 tensors between them."""
@@ -118,19 +126,11 @@ class MomentumTTT(TTT):
         heads = batch.sequences * batch.dims.num_heads / batch.tp
         return heads * batch.seq_length * 4 * (2 * f * f / K + 9 * f + 4 * K)
 
-    def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
-        """Return why a backend cannot run: only the reference is implemented."""
-        return None if backend in ("auto", "naive") else "momentum_ttt has only naive"
-
-    def spec(self, options: MomentumOptions, backend: str = "auto"):
-        """Return the spec of the module."""
-        return ttt_mixer_spec(self, options, "naive", module=MomentumLayer)
-
     def hf_model(self, dims: Dimensions, options: MomentumOptions) -> None:
         """Return None: there is no official form of config.json."""
 
     def options_of_hf_model(self, config) -> None:
-        """Return None, as above."""
+        """Return None, for the same reason."""
 
 
 HF_CODE = HFCode(Path(__file__).parent / "mixer_momentum_ttt.py", "MomentumTTT", needs=(HF_FILE,))
