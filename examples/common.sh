@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the scripts beside this one share. Set in the environment:
 #
-#   LAYER    ttt_linear (default), ttt_mlp or transformer
+#   LAYER    ttt_linear (default), ttt_mlp or transformer; hybrid and hybrid_mlp where there is a
+#            recipe (docs/recipes.md)
 #   CONTEXT  8k or 32k; empty: 2,048 tokens
 #   GPUS     processes of this machine; default: as many as it has GPUs
 #   RUN_DIR  folder of the run; default: one named by model, data and time. One that exists is

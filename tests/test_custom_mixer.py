@@ -2,13 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from harness import ROOT, Job, model_sections, random_model, relative, run, section
 from small_run import small_recipe
 
 from megatron_ttt.config import load_config
+from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import load_mixers
 from megatron_ttt.mixers.ttt.linear import LINEAR
 from megatron_ttt.mixers.ttt.reference import expand_state, reference_scan
@@ -103,6 +107,7 @@ def test_the_recipe_trains(tmp_path):
     recipe = ROOT / "examples/custom_mixer/recipe.yaml"
     config = load_config([recipe])
     assert config.model.pattern == ["momentum_ttt"]
+    assert config.mixers["momentum_ttt"].momentum == 0.5
     overrides = [part for part in small_recipe(tmp_path) if "=" in str(part)]
     command = [sys.executable, "pretrain_ttt.py", "--config", recipe, *overrides]
     run([*command, f"run.dir={tmp_path}/run"])
@@ -110,10 +115,44 @@ def test_the_recipe_trains(tmp_path):
     assert [json.loads(line)["loss"] > 0 for line in lines if "loss" in line]
 
 
+def test_the_estimate_of_memory_is_what_autograd_saves():
+    load_mixers([MODULE])
+    from examples.custom_mixer.momentum_ttt import MOMENTUM, MOMENTUM_TTT, momentum_mini_batch
+    from megatron_ttt.mixers.base import Dimensions, Microbatch
+
+    random, options = torch.Generator().manual_seed(0), MOMENTUM_TTT.Options()
+    B, H, L, F, K = 2, 2, 320, 64, options.mini_batch_size
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=random).requires_grad_()
+
+    rates = leaf(H, 1, 1).sigmoid(), leaf(H, 1, 1).sigmoid()
+    inputs = (*(leaf(B, H, L, F) for _ in range(3)), leaf(B, H, L), leaf(K))
+    inputs = (*inputs, leaf(H, F), leaf(H, F))
+    state = tuple(leaf(H, *shape) for shape in MOMENTUM.state_shapes(F).values())
+    given, saved = {x.untyped_storage().data_ptr() for x in (*inputs, *state)}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage  # held, so that no other one gets its address
+        return tensor
+
+    model = replace(MOMENTUM, mini_batch=partial(momentum_mini_batch, *rates))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        reference_scan(model, *inputs, expand_state(state, inputs))
+    measured = sum(storage.nbytes() for at, storage in saved.items() if at not in given)
+    batch = Microbatch(B, L, Dimensions(H * F, H, 0.02), 4, 1, False, True, "auto")
+    assert abs(MOMENTUM_TTT.saved_state_bytes(options, batch) / measured - 1) < 0.1
+
+
+def test_options_out_of_range_are_refused():
+    recipe = ROOT / "examples/custom_mixer/recipe.yaml"
+    with pytest.raises(UserError, match=r"mixers\.momentum_ttt\.decay must be between 0 and 1"):
+        load_config([recipe], ["mixers.momentum_ttt.decay=1.0"])
+
+
 def test_without_momentum_and_decay_it_is_ttt_linear():
     load_mixers([MODULE])
-    from functools import partial
-
     from examples.custom_mixer.momentum_ttt import MOMENTUM, momentum_mini_batch
 
     random = torch.Generator().manual_seed(0)
@@ -129,10 +168,7 @@ def test_without_momentum_and_decay_it_is_ttt_linear():
 
     def scan(momentum: float, decay: float):
         rates = (torch.full((H, 1, 1), rate, dtype=torch.float64) for rate in (momentum, decay))
-        model = MOMENTUM.__class__(
-            *("momentum", MOMENTUM.state_shapes, partial(momentum_mini_batch, *rates)),
-            *(MOMENTUM.predict, MOMENTUM.flops),
-        )
+        model = replace(MOMENTUM, mini_batch=partial(momentum_mini_batch, *rates))
         return reference_scan(model, *inputs, expand_state(state, inputs))
 
     linear, (linear_W, _) = reference_scan(LINEAR, *inputs, expand_state((W, b), inputs))

@@ -30,11 +30,11 @@ SMALLER = {
 }
 
 
-def blocks(page: Path) -> list[tuple[str, str | None]]:
-    """The fenced bash blocks of a page, each with why it is not run, if it says so."""
+def blocks(page: Path, language: str = "bash") -> list[tuple[str, str | None]]:
+    """The fenced blocks of a page, each with why it is not run, if it says so."""
     found, lines = [], page.read_text().splitlines()
     for number, line in enumerate(lines):
-        if line.strip() == "```bash":
+        if line.strip() == f"```{language}":
             end = next(i for i in range(number + 1, len(lines)) if lines[i].strip() == "```")
             mark = NOT_RUN.match(lines[number - 1].strip()) if number else None
             found.append(("\n".join(lines[number + 1 : end]), mark and mark[1]))
@@ -57,7 +57,8 @@ def workplace(tmp_path_factory) -> Path:
     from megatron_ttt.data.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("pages")
-    for name in ("megatron_ttt", "tools", "yaml_recipes", "pretrain_ttt.py", "benchmarks"):
+    shown = ("megatron_ttt", "tools", "yaml_recipes", "pretrain_ttt.py", "benchmarks", "examples")
+    for name in shown:
         os.symlink(ROOT / name, folder / name)
     paragraphs = (ROOT / "LICENSE").read_text().split("\n\n")
     lines = [json.dumps({"text": text, "url": "", "timestamp": ""}) for text in paragraphs]
@@ -120,6 +121,73 @@ def test_a_block_is_run_unless_it_is_marked(tmp_path):
     (first, why), (second, why_not) = blocks(page)
     assert commands(first) == [["python", "a", "b"]] and why is None
     assert commands(second) == [["d"]] and why_not == "needs a GPU"
+
+
+EXAMPLE = ROOT / "examples/custom_mixer"
+
+
+@pytest.mark.parametrize("language,ending", [("python", "py"), ("yaml", "yaml")])
+def test_the_page_of_mixers_shows_the_example(language, ending):
+    files = [path.read_text() for path in sorted(EXAMPLE.glob(f"*.{ending}"))]
+    shown = [block for block, _ in blocks(ROOT / "docs/mixers.md", language)]
+    assert len(shown) == {"python": 11, "yaml": 1}[language]
+    for block in shown:
+        assert any(f"\n{block}\n" in text for text in files), f"not in the example:\n{block}"
+
+
+def test_the_page_of_mixers_shows_the_whole_mixer():
+    """Every class, function and method of the example is on the page."""
+    page = (ROOT / "docs/mixers.md").read_text()
+    for path in EXAMPLE.glob("*.py"):
+        defined = re.findall(r"^ *(?:class|def) .+$", path.read_text(), re.MULTILINE)
+        assert defined and not [line for line in defined if line not in page], path
+
+
+def rows_of_architecture() -> list[tuple[list[str], str]]:
+    """What each row of ARCHITECTURE.md's table is about, as paths, and what it says of it."""
+    table = re.findall(
+        r"^\| (`.+?) \| (.+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE
+    )
+    rows = []
+    for about, text in table:
+        paths = re.findall(r"`([^`]+)`", about)
+        folder = paths[0] if paths[0].endswith("/") else f"{Path(paths[0]).parent}/"
+        rows.append(([path if "/" in path else folder + path for path in paths], text))
+    return rows
+
+
+def test_the_architecture_page_names_files_that_there_are():
+    for paths, text in rows_of_architecture():
+        folder = ROOT / paths[0]
+        folder = folder if folder.is_dir() else folder.parent
+        named = re.findall(r"`([\w/*]+(?:\.py|\.sh|/))`", text)
+        for path in named:
+            below = ROOT / "megatron_ttt" if "*" in path else folder
+            found = (ROOT / path).exists() or any(below.rglob(path.rstrip("/")))
+            assert found, (paths, path)
+    every = {path.strip("/") for paths, _ in rows_of_architecture() for path in paths}
+    package = {path.name for path in (ROOT / "megatron_ttt").glob("*") if path.name[0] not in "_."}
+    assert package <= {path.removeprefix("megatron_ttt/") for path in every}
+
+
+def test_modules_import_only_from_those_above_them():
+    """The order of ARCHITECTURE.md's table."""
+    order = [path.strip("/") for paths, _ in rows_of_architecture() for path in paths]
+    parts = [
+        path.split("/")[1].removesuffix(".py") for path in order if path.startswith("megatron")
+    ]
+    parts = list(dict.fromkeys(parts))
+    for number, part in enumerate(parts):
+        below = "|".join(parts[number + 1 :]) or "none"
+        path = ROOT / "megatron_ttt" / part
+        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            imports = re.findall(
+                rf"^ *(?:from|import) megatron_ttt\.(?:{below})\b.*|^ *from megatron_ttt import "
+                rf".*\b(?:{below})\b.*",
+                file.read_text(),
+                re.MULTILINE,
+            )
+            assert not imports, (file, imports)
 
 
 def test_every_error_message_has_its_cure():

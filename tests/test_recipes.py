@@ -13,6 +13,16 @@ RECIPES = ROOT / "yaml_recipes"
 SIZES = ("125m", "350m", "760m", "1b")
 LAYERS = ("ttt_linear", "ttt_mlp", "transformer")
 CONTEXTS = {"": 2048, "_8k": 8192, "_32k": 32768}
+HYBRIDS = {"hybrid": (("125m", "760m"), ("", "_32k")), "hybrid_mlp": (("125m",), ("",))}
+MODELS = [
+    *((layer, size, context) for layer in LAYERS for size in SIZES for context in CONTEXTS),
+    *(
+        (layer, size, context)
+        for layer, (sizes, contexts) in HYBRIDS.items()
+        for size in sizes
+        for context in contexts
+    ),
+]
 GPUS = (1, 8, 64)
 GPU_GIB = 80e9 / 2**30
 TOKENS_PER_STEP = 2**19
@@ -29,13 +39,7 @@ def overlay_for(size: str, context: str, gpus: int) -> Path | None:
     return path if path.exists() else None
 
 
-COMBINATIONS = [
-    (layer, size, context, gpus)
-    for layer in LAYERS
-    for size in SIZES
-    for context in CONTEXTS
-    for gpus in GPUS
-]
+COMBINATIONS = [(*model, gpus) for model in MODELS for gpus in GPUS]
 
 
 @pytest.mark.parametrize("layer,size,context,gpus", COMBINATIONS)
@@ -50,7 +54,7 @@ def test_nothing_is_left_over():
     """Each file is one of the combinations, or the toy of a laptop."""
     overlays = {overlay_for(size, context, gpus) for _, size, context, gpus in COMBINATIONS}
     assert set(RECIPES.glob("overlays/*.yaml")) == overlays - {None}
-    recipes = {f"{layer}_{size}{context}" for layer, size, context, _ in COMBINATIONS}
+    recipes = {f"{layer}_{size}{context}" for layer, size, context in MODELS}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == recipes | {"debug_cpu", "quickstart"}
 
 
@@ -67,23 +71,30 @@ def differences(tree: dict, other: dict, prefix="") -> set[str]:
 
 def test_long_context_differs_in_the_length_alone():
     length = {"training.seq_length", "training.global_batch_size", "training.micro_batch_size"}
-    for layer in LAYERS:
-        for size in SIZES:
-            short = to_dict(load(f"{layer}_{size}"))
-            for context, tokens in CONTEXTS.items():
-                config = load(f"{layer}_{size}{context}")
-                assert config.training.seq_length == tokens
-                changed = differences(to_dict(config), short) - {"run.dir", "training.recompute"}
-                assert changed <= length
+    for layer, size, context in MODELS:
+        config, short = load(f"{layer}_{size}{context}"), to_dict(load(f"{layer}_{size}"))
+        assert config.training.seq_length == CONTEXTS[context]
+        changed = differences(to_dict(config), short) - {"run.dir", "training.recompute"}
+        assert changed <= length
 
 
 def test_layers_differ_in_the_mixer_alone():
-    for size in SIZES:
-        for context in CONTEXTS:
-            linear, *others = (to_dict(load(f"{layer}_{size}{context}")) for layer in LAYERS)
-            for other in others:
-                changed = differences(other, linear) - {"run.dir", "model.pattern"}
-                assert all(key.startswith("mixers.") for key in changed)
+    for layer, size, context in MODELS:
+        linear = to_dict(load(f"ttt_linear_{size}{context}"))
+        changed = differences(to_dict(load(f"{layer}_{size}{context}")), linear)
+        changed -= {"run.dir", "model.pattern"}
+        assert all(key.startswith("mixers.") for key in changed)
+
+
+def test_hybrids_are_what_their_names_say():
+    for context in ("", "_32k"):
+        config = load(f"hybrid_125m{context}")
+        assert config.model.pattern == [*["ttt_linear"] * 3, "attention"]
+        assert config.mixers["attention"].window == 2048
+    config = load("hybrid_mlp_125m")
+    assert config.model.pattern == ["ttt_mlp", "attention"]
+    assert config.mixers["attention"].window is None
+    assert config.mixers["ttt_mlp"] == load("ttt_mlp_125m").mixers["ttt_mlp"]
 
 
 def test_a_recipe_says_nothing_twice():

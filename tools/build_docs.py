@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -77,19 +78,23 @@ def configuration_page() -> str:
 
     classes = classes_of(tree)
     sections = {
-        section: classes[name] for section, _, name in fields(classes["Config"]) if name != "Any"
+        section: [classes[name]] for section, _, name in fields(classes["Config"]) if name != "Any"
     }
     for name, mixer in MIXERS.items():
-        options = classes_of(sys.modules[mixer.Options.__module__])
-        sections[f"mixers.{name}"] = options[mixer.Options.__name__]
+        sections[f"mixers.{name}"] = [
+            classes_of(sys.modules[declared.__module__])[declared.__name__]
+            for declared in reversed(mixer.Options.__mro__)
+            if dataclasses.is_dataclass(declared)
+        ]
     parts = [INTRODUCTION]
-    for section, node in sections.items():
+    for section, nodes in sections.items():
         rows = [
             f"| `{key}` | {kind} | {default} | {meaning} |"
+            for node in nodes
             for key, default, kind, meaning in documented_fields(node)
         ]
         parts.append(
-            f"## {section}\n\n{ast.get_docstring(node)}\n\n"
+            f"## {section}\n\n{ast.get_docstring(nodes[-1])}\n\n"
             "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
         )
     return "\n".join(parts)

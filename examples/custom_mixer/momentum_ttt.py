@@ -1,7 +1,7 @@
 """TTT-Linear whose inner gradient has momentum and whose state decays, in the spirit of Titans
-(arXiv 2501.00663). Both rates are learned, one of each a head.
+(arXiv 2501.00663). Both rates are learned, one per head.
 
-A mini-batch is answered as in TTT-Linear. Then, with g the sum of its gradient steps,
+The outputs of a mini-batch are TTT-Linear's. Then, with g the sum of its gradient steps,
 
     S <- momentum S + g,    W <- (1 - decay) W - S,
 
@@ -11,12 +11,14 @@ imports this file; docs/mixers.md builds it step by step.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import register_mixer
 from megatron_ttt.mixers.base import Dimensions, Microbatch, Parameter
 from megatron_ttt.mixers.hf_code import HFCode
@@ -27,12 +29,24 @@ from megatron_ttt.mixers.ttt.linear.reference import mini_batch, predict
 from megatron_ttt.mixers.ttt.mixer import TTT
 from megatron_ttt.mixers.ttt.options import TTTOptions
 
-RATES = {"momentum_logit": -1.0, "decay_logit": -4.0}
-"""The rates are sigmoids of these, which start here: 0.27 and 0.018."""
+
+@dataclass
+class MomentumOptions(TTTOptions):
+    """TTT-Linear's options, and the rates that training starts from."""
+
+    momentum: float = 0.3
+    """Initial momentum of the inner gradient, between 0 and 1."""
+    decay: float = 0.02
+    """Initial decay of the state in a mini-batch, between 0 and 1."""
+
+
+RATES = ("momentum", "decay")
+"""A rate is the sigmoid of a parameter with one number a head: `momentum_logit`, `decay_logit`."""
 
 
 def state_shapes(head_dim: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a head's state: W, b and their momentum, which starts learned too."""
+    """Return the shapes of one head's state: W, b and their momentum; all initial values are
+    learned."""
     matrix, row = (head_dim, head_dim), (1, head_dim)
     return {"W1": matrix, "b1": row, "momentum_W1": matrix, "momentum_b1": row}
 
@@ -56,57 +70,67 @@ MOMENTUM = InnerModel(
 )
 
 
-def constant(value: float):
-    """Return an initialiser that fills with a value."""
-    return lambda tensor, generator: tensor.fill_(value)
+def filled_with_logit(rate: float):
+    """Return an initialiser that fills with the number whose sigmoid is `rate`."""
+    return lambda tensor, generator: tensor.fill_(math.log(rate / (1 - rate)))
 
 
 class MomentumLayer(TTTMixer):
-    """TTT-Linear's layer with the inner model above."""
+    """TTT-Linear's layer with MOMENTUM as its inner model."""
 
     def inner_model(self) -> InnerModel:
-        """Return the inner model with this layer's rates, one of each a head."""
-        rates = (torch.sigmoid(getattr(self, name))[:, None, None] for name in RATES)
+        """Return the inner model with this layer's rates, one per head."""
+        rates = (torch.sigmoid(getattr(self, f"{name}_logit"))[:, None, None] for name in RATES)
         return replace(MOMENTUM, mini_batch=partial(momentum_mini_batch, *rates))
 
 
 class MomentumTTT(TTT):
-    """What the mixer says of itself, where it is not what TTT-Linear says."""
+    """What the mixer says of itself, where that differs from TTT-Linear."""
 
-    def parameters(self, dims: Dimensions, options: TTTOptions) -> list[Parameter]:
+    Options = MomentumOptions
+
+    def validate(self, dims: Dimensions, options: MomentumOptions) -> None:
+        """Raise UserError for options out of range."""
+        super().validate(dims, options)
+        for name in RATES:
+            if not 0 < getattr(options, name) < 1:
+                raise UserError(f"mixers.{self.name}.{name} must be between 0 and 1")
+
+    def parameters(self, dims: Dimensions, options: MomentumOptions) -> list[Parameter]:
         """Return TTT-Linear's table with the state's momentum and the two rates of each head."""
         rates = [
             Parameter(
-                name,
+                f"{name}_logit",
                 (dims.num_heads,),
-                constant(start),
-                (f"{self.hf_module}.{name}",),
+                filled_with_logit(getattr(options, name)),
+                (f"{self.hf_module}.{name}_logit",),
                 shard_dim=0,
                 fp32=True,
             )
-            for name, start in RATES.items()
+            for name in RATES
         ]
         return [*super().parameters(dims, options), *rates]
 
-    def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
-        """Return why a backend cannot run: there is the reference alone."""
-        return None if backend in ("auto", "naive") else "momentum_ttt has the reference form alone"
-
-    def saved_state_bytes(self, options: TTTOptions, batch: Microbatch) -> float:
-        """Return the bytes that autograd saves: some eight matrices a mini-batch and head."""
-        mini_batches = -(-batch.seq_length // options.mini_batch_size)
-        heads = batch.sequences * batch.dims.num_heads / batch.tp
-        return heads * mini_batches * 8 * 4 * batch.dims.head_dim**2
-
-    def spec(self, options: TTTOptions, backend: str = "auto"):
+    def spec(self, options: MomentumOptions, backend: str = "auto"):
         """Return the spec of the module."""
         return ttt_mixer_spec(self, options, "naive", module=MomentumLayer)
 
-    def hf_model(self, dims: Dimensions, options: TTTOptions) -> None:
-        """Return None: there is no official form."""
+    def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
+        """Return why a backend cannot run: only the reference is implemented."""
+        return None if backend in ("auto", "naive") else "momentum_ttt has only naive"
+
+    def saved_state_bytes(self, options: MomentumOptions, batch: Microbatch) -> float:
+        """Return the bytes that autograd saves of the scan: W and S of every mini-batch, and the
+        float32 tensors between them."""
+        f, K = batch.dims.head_dim, options.mini_batch_size
+        heads = batch.sequences * batch.dims.num_heads / batch.tp
+        return heads * batch.seq_length * 4 * (2 * f * f / K + 9 * f + 4 * K)
+
+    def hf_model(self, dims: Dimensions, options: MomentumOptions) -> None:
+        """Return None: there is no official form of config.json."""
 
     def options_of_hf_model(self, config) -> None:
-        """Return None, as above."""
+        """Return None, for the same reason."""
 
 
 HF_CODE = HFCode(Path(__file__).parent / "mixer_momentum_ttt.py", "MomentumTTT", needs=HF_FILES)
