@@ -259,8 +259,10 @@ class Job:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, one thread a process."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    """This process's environment, one thread a process; examples can be imported."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    return {**os.environ, **settings}
 
 
 def torchrun(processes: int, script: Path, *arguments, **options) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
@@ -32,18 +30,18 @@ def register_mixer(mixer: Mixer) -> Mixer:
 def load_mixers(modules: Iterable[str] = ()) -> None:
     """Register the mixers of installed packages and of these modules.
 
-    A module registers its mixers when it is imported; it is looked up in Python's path and in the
-    current folder. Raises UserError for one that cannot be imported.
+    A module registers its mixers when it is imported. It is looked up in Python's path alone: a
+    checkpoint or a config.json from elsewhere may name it, and must not run a file that lies beside
+    it. Raises UserError for a module that cannot be imported.
     """
     _load_entry_points()
     for module in modules:
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.append(os.getcwd())
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever the module's own code runs into
             raise UserError(
-                f"model.mixer_modules: cannot import {module}: {' '.join(str(error).split())}"
+                f"model.mixer_modules: cannot import {module}: {' '.join(str(error).split())}; "
+                "install its package, or name its folder in PYTHONPATH"
             ) from None
 
 

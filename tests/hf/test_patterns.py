@@ -110,3 +110,15 @@ def test_bad_patterns(tmp_path):
     refused("other keys", mixers={**mixers, "attention": {"widow": 3}})
     refused("of another type", mixers={**mixers, "attention": {"window": "wide"}})
     refused("is too small", mixers={**mixers, "attention": {"window": 0}})
+
+
+def test_a_file_beside_a_directory_is_not_run(tmp_path, monkeypatch):
+    from megatron_ttt.errors import UserError
+
+    config, parameters = random_model(["ttt_linear", "attention"], num_layers=2)
+    folder = write_official(tmp_path / "hf", {**config, "mixer_modules": ["evil"]}, parameters)
+    (folder / "evil.py").write_text("open('was_run', 'w')")
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="cannot import evil: No module named 'evil'; install"):
+        import_directory(folder, tmp_path / "checkpoint")
+    assert not (folder / "was_run").exists()
