@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.hf.building import build_empty_hf_model, build_on_cpu, tie_head
-from megatron_ttt.hf.configuration import hf_form
 from megatron_ttt.hf.mapping import join
 from megatron_ttt.layers.norm import PostNorm
 from megatron_ttt.stack import EMBEDDING, HEAD, Architecture, Layer
@@ -58,11 +57,11 @@ def verify_configuration(architecture: Architecture, folder: Path) -> None:
     """Raise UserError unless transformers loads what an export has beside its weights."""
     from transformers import GenerationConfig, LlamaConfig
 
-    from megatron_ttt.hf.configuration_ttt import TTTConfig
+    from megatron_ttt.hf.code import configuration_class
 
-    form = hf_form(architecture)
+    form = architecture.hf_form
     is_llama = form is not None and form.model_type == "llama"
-    for kind in (LlamaConfig if is_llama else TTTConfig, GenerationConfig):
+    for kind in (LlamaConfig if is_llama else configuration_class(architecture), GenerationConfig):
         try:
             kind.from_pretrained(folder)
         except Exception as error:  # transformers lets out whatever its checks run into
@@ -121,7 +120,7 @@ class StreamedHF:
         self.read, self.dtype = read, dtype
         self.network = build_empty_hf_model(architecture).to(dtype)
         self.layers: nn.ModuleList = self.network.model.layers
-        self._load(self.network.model.embed_tokens, "model.embed_tokens.")
+        self._load(self.network.get_input_embeddings(), f"model.{architecture.hf_embedding}.")
         self._load(self.network.model.norm, "model.norm.")
         if not architecture.model.tie_word_embeddings:
             self._load(self.network.lm_head, "lm_head.")
