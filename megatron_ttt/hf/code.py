@@ -40,7 +40,8 @@ def write_code(
 ) -> None:
     """Write the files that transformers needs for a model with these mixers, by their names.
 
-    configuration: the code of its configuration, where that is not `TTTConfig` itself. Raises ValueError where two files have one name.
+    configuration: the code of its configuration, where that is not `TTTConfig` itself. Raises
+    ValueError where two files have one name.
     """
     files = {name: HERE / name for name in COMMON}
     codes = [*mixers.values(), *([configuration] if configuration else [])]

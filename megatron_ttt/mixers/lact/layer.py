@@ -263,7 +263,7 @@ class LaCTMixer(KeepsFloat32, MegatronModule):
     def gate(self, x_SBD: Tensor, name: str) -> Tensor:
         """Return a projection of the input to numbers of each fast head, [B, L, numbers]."""
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        return F.linear(x_SBD, weight, bias).transpose(0, 1)
+        return F.linear(x_SBD, weight, bias).transpose(0, 1).contiguous()
 
     def fast_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return W0, W1 and W2 [m, ...] that a sequence starts from."""

@@ -253,7 +253,7 @@ class LaCT(Mixer):
         W, options = state[:3], self.options
         dW = learning_step(k, v, rates[..., :3], *W)
         if options.momentum:
-            share = rates[..., 3].contiguous().mean(-1).to(W[0].dtype)[..., None, None]
+            share = rates[..., 3].contiguous().mean(-1)[..., None, None]
             dW = [d + share * M for d, M in zip(dW, state[-3:])]
         moments = dW if options.momentum else []
         if options.muon:

@@ -48,7 +48,7 @@ def reference_scan(
         dW = gradients(k[i - 1], v[i - 1], lr[i - 1], *W)
         if beta_BHL is not None:
             share = beta_BHL.split(chunk_size, dim=2)[i - 1].contiguous().mean(-1)
-            share = share.to(dtype)[..., None, None]
+            share = share[..., None, None]
             if moments is not None:
                 dW = [d + share * M for d, M in zip(dW, moments)]
             moments = dW
