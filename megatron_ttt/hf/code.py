@@ -53,7 +53,8 @@ def write_code(
     with open(folder / "modeling_ttt.py", "a") as file:
         file.write(mixers_in_use(mixers, configuration))
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files)))
-    with open(folder / "configuration_ttt.py", "a") as file:
+    configuration_file = configuration.path.name if configuration else "configuration_ttt.py"
+    with open(folder / configuration_file, "a") as file:
         # transformers 5 takes a model's class for that of another one whose folder has the same
         # name and whose configuration has the same code.
         file.write(f"\n# The code beside this file: {digest.hexdigest()[:16]}\n")
@@ -71,7 +72,8 @@ def mixers_in_use(mixers: dict[str, HFCode], configuration: HFCode | None) -> st
     if configuration is not None:
         codes.append(configuration)
         # AutoModel refuses a configuration of another class than the model names.
-        table.append(f"TTTPreTrainedModel.config_class = {configuration.class_name}\n")
+        kinds = ("TTTPreTrainedModel", "TTTModel", "TTTForCausalLM")
+        table += [f"{kind}.config_class = {configuration.class_name}\n" for kind in kinds]
     imports = sorted({f"from .{code.path.stem} import {code.class_name}\n" for code in codes})
     return "".join(["\n# The mixers in use.\n", *imports, "\n", *table])
 

@@ -13,6 +13,9 @@ from megatron_ttt.hf.building import build_hf_model
 from megatron_ttt.hf.cache_ttt import TTTCache
 from megatron_ttt.hf.configuration import architecture_from_hf_config
 
+# Rates are float32 numbers; on a CPU their last bit depends on how many are computed in a call, and
+# Muon makes much of it.
+TOLERANCE = {False: 1e-9, True: 1e-7}
 OPTIONS = {"chunk_size": 8, "window": 6, "low_rank": 4, "fast_heads": 2}
 MODELS = {
     "momentum": (["lact"], {"lact": OPTIONS}),
@@ -29,6 +32,7 @@ def model(request):
     model = build_hf_model(architecture_from_hf_config(config)).eval()
     model.load_state_dict(parameters, strict=False)
     model.tie_weights()
+    model.tolerance = TOLERANCE["muon" in request.param]
     return model.double()
 
 
@@ -45,11 +49,11 @@ def test_cached_decoding_equals_the_full_forward(model):
         cache, start = TTTCache(model.config), 0
         for stop in (first, first + 1, 44):
             part = model(ids[:, start:stop], past_key_values=cache).logits
-            assert relative(part, full[:, start:stop]) < 1e-9, (first, stop)
+            assert relative(part, full[:, start:stop]) < model.tolerance, (first, stop)
             start = stop
     cache = TTTCache(model.config)
     steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(44)]
-    assert relative(torch.cat(steps, 1), full) < 1e-9
+    assert relative(torch.cat(steps, 1), full) < model.tolerance
 
 
 @torch.no_grad()
@@ -68,12 +72,12 @@ def test_padding_on_the_left_changes_nothing(model):
         ]
         logits = torch.cat(parts, 1)
         for n, expected in zip(lengths, alone):
-            assert relative(logits[n - 1][held[n - 1]], expected) < 1e-9, (n, cuts)
+            assert relative(logits[n - 1][held[n - 1]], expected) < model.tolerance, (n, cuts)
         following = model(batch[:, :1], past_key_values=cache).logits
         for n in (1, 7, 8, 9, N):
             sequence = torch.cat([ids[n - 1, :n], batch[n - 1, :1]])[None]
             expected = model(sequence, use_cache=False).logits[0, -1:]
-            assert relative(following[n - 1], expected) < 1e-9, n
+            assert relative(following[n - 1], expected) < model.tolerance, n
 
 
 @torch.no_grad()
