@@ -125,7 +125,8 @@ def test_matches_the_official_model(golden, name, layout):
             assert relative(found, gradient) < 1e-9, parameter
 
 
-LACT = {"chunk_size": 8, "window": 8, "low_rank": 4, "fast_heads": 2}
+# Chunks as long as a fast head is wide: what Muon makes of singular values that are 0 is rounding.
+LACT = {"chunk_size": 16, "window": 8, "low_rank": 4, "fast_heads": 4}
 MODELS = {
     "plain": (["lact"], {"lact": LACT}, {"tie_word_embeddings": False}),
     "muon": (["lact"], {"lact": {**LACT, "muon": True, "low_rank": None, "qk_norm": True}}, {}),
@@ -145,7 +146,8 @@ def job(tmp_path_factory):
         checkpoint = job.import_official(name, config, parameters)
         recipe = {
             **model_sections(config),
-            "optimizer": {"lr": 3e-3},
+            # Gradients of rates are so small that a small epsilon would make much of rounding.
+            "optimizer": {"lr": 3e-3, "eps": 1e-4},
             "training": {
                 "steps": STEPS,
                 "seq_length": 42,
@@ -157,6 +159,9 @@ def job(tmp_path_factory):
             "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
         }
         job.train(f"{name}-one", "one", recipe, gradients=True)
+        ids = torch.from_numpy(np.load(tokens)[0, :2, :42])
+        for layout in ("one", *PARALLEL[:-1]):
+            job.evaluate(f"{name}-{layout}-float64", layout, checkpoint, ids, "float64")
         for layout in PARALLEL:
             options = [f"training.exit_step={SAVED_AT}"]
             job.train(f"{name}-{layout}", layout, recipe, options, gradients=True)
@@ -174,7 +179,9 @@ CASES = [(name, layout) for name in MODELS for layout in PARALLEL]
     "name,layout", [case if case in FIRST else further(case) for case in CASES]
 )
 def test_trains_the_model_of_one_process(job, name, layout):
-    one, ours = job.tensors(f"{name}-one"), job.tensors(f"{name}-{layout}")
+    # In float64 where a layout changes the order of sums.
+    kind = "" if layout == "dp2" else "-float64"
+    one, ours = (job.tensors(f"{name}-{at}{kind}") for at in ("one", layout))
     gradients = section(one, "grad")
     assert set(gradients) == set(section(ours, "grad"))
     for parameter, gradient in gradients.items():
