@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ttt.config import Config, ModelConfig
 from megatron_ttt.layers.initialisers import lecun_normal, normal, ones, zeros
 from megatron_ttt.mixers import MIXERS
-from megatron_ttt.mixers.base import Dimensions, Mixer, Parameter
+from megatron_ttt.mixers.base import Dimensions, HFModel, Mixer, Parameter
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """The name of the embedding, which is the head too where the two are tied."""
@@ -73,6 +73,19 @@ class Architecture:
         return " + ".join(layer.mixer.label for layer in self.kinds.values())
 
     @property
+    def hf_form(self) -> HFModel | None:
+        """The form that the mixer of all layers has in Hugging Face, None for a pattern's form."""
+        if self.is_hybrid:
+            return None
+        (layer,) = self.kinds.values()
+        return layer.mixer.hf_model(self.dims, layer.options)
+
+    @property
+    def hf_embedding(self) -> str:
+        """Hugging Face's name of the embedding."""
+        return self.hf_form.embedding if self.hf_form else "embed_tokens"
+
+    @property
     def pre_conv_reach(self) -> int:
         """Tokens that the widest pre-conv looks back; 0 where no layer has one."""
         return max((layer.pre_conv_width or 1) - 1 for layer in self.kinds.values())
@@ -130,7 +143,7 @@ class Architecture:
         ends, weights = (model.vocab_size, model.hidden_size), normal(model.init_std)
         tables = {kind: self.layer_parameters(kind) for kind in self.kinds}
         table = [
-            Parameter(EMBEDDING, ends, weights, ("model.embed_tokens.weight",), 0),
+            Parameter(EMBEDDING, ends, weights, (f"model.{self.hf_embedding}.weight",), 0),
             *(
                 _numbered(row, number)
                 for number, kind in enumerate(self.layer_kinds)

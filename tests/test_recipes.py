@@ -26,6 +26,8 @@ MODELS = [
 GPUS = (1, 8, 64)
 GPU_GIB = 80e9 / 2**30
 TOKENS_PER_STEP = 2**19
+LACT = ("lact_125m_32k", "lact_760m_32k", "lact_3b_32k", "lact_ttt_linear_125m_32k")
+MUON = RECIPES / "overlays/lact_muon.yaml"
 
 
 def load(recipe: str, overlay: Path | None = None) -> Config:
@@ -50,12 +52,21 @@ def test_a_plan_fits(layer, size, context, gpus):
     assert plan["memory_gib_per_rank"]["total"] < GPU_GIB
 
 
+@pytest.mark.parametrize("overlay", [None, MUON], ids=["plain", "muon"])
+@pytest.mark.parametrize("recipe", LACT)
+def test_a_plan_of_lact_fits(recipe, overlay):
+    plan = dry_run(load(recipe, overlay), 8, gpu="H100")
+    assert plan["tokens_per_step"] == 2**20
+    assert plan["memory_gib_per_rank"]["total"] < GPU_GIB
+
+
 def test_nothing_is_left_over():
     """Each file is one of the combinations, or the toy of a laptop."""
     overlays = {overlay_for(size, context, gpus) for _, size, context, gpus in COMBINATIONS}
-    assert set(RECIPES.glob("overlays/*.yaml")) == overlays - {None}
+    assert set(RECIPES.glob("overlays/*.yaml")) == overlays - {None} | {MUON}
     recipes = {f"{layer}_{size}{context}" for layer, size, context in MODELS}
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == recipes | {"debug_cpu", "quickstart"}
+    others = {*LACT, "debug_cpu", "quickstart"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == recipes | others
 
 
 def differences(tree: dict, other: dict, prefix="") -> set[str]:

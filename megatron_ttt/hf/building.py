@@ -20,10 +20,10 @@ def build_hf_model(architecture: Architecture, **more: Any) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig(**{**config, **more}))
-    from megatron_ttt.hf.code import codes_of, load_code
+    from megatron_ttt.hf.code import codes_of, configuration_class, load_code
 
     modeling = load_code(codes_of(architecture))
-    return modeling.TTTForCausalLM(modeling.TTTConfig(**{**config, **more}))
+    return modeling.TTTForCausalLM(configuration_class(architecture)(**{**config, **more}))
 
 
 def build_empty_hf_model(architecture: Architecture) -> nn.Module:
@@ -39,7 +39,7 @@ def build_empty_hf_model(architecture: Architecture) -> nn.Module:
 def tie_head(network: nn.Module, architecture: Architecture) -> None:
     """Make the embedding's weight the head's too, where the architecture ties them."""
     if architecture.model.tie_word_embeddings:
-        network.lm_head.weight = network.model.embed_tokens.weight
+        network.lm_head.weight = network.get_input_embeddings().weight
 
 
 def build_on_cpu(architecture: Architecture, dtype: torch.dtype) -> nn.Module:

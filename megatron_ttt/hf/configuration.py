@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 from megatron_ttt.config import ModelConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import MIXERS, load_mixers
-from megatron_ttt.mixers.base import HFModel
 from megatron_ttt.stack import Architecture
 
 _SIZES = {
@@ -72,9 +71,13 @@ def architecture_from_hf_config(config: dict[str, Any]) -> Architecture:
         options = mixer.options_of_hf_model({**_DEFAULTS, **config})
         if options is not None:
             defaults = mixer.hf_defaults
-            model = _model({**_DEFAULTS, **defaults, **config}, [mixer.name])
+            sizes = mixer.sizes_of_hf_model({**_DEFAULTS, **defaults, **config})
+            model = _model(sizes, [mixer.name])
             return _checked(model, {mixer.name: options})
-    raise UserError(f"config.json: model_type={config.get('model_type')} is not ttt or llama")
+    raise UserError(
+        f"config.json: no mixer reads model_type={config.get('model_type')}; docs/huggingface.md "
+        "lists the forms"
+    )
 
 
 def _architecture_of_pattern(config: dict[str, Any], modules: list[str]) -> Architecture:
@@ -106,7 +109,7 @@ def _shortest_pattern(kinds: list[str]) -> list[str]:
 
 
 def _model(config: dict[str, Any], pattern: list[str]) -> ModelConfig:
-    if config["hidden_act"] != "silu":
+    if config["hidden_act"] not in ("silu", "swish"):  # two names of one function
         raise UserError("config.json: only hidden_act=silu is supported")
     if not isinstance(config["tie_word_embeddings"], bool):
         raise UserError("config.json: tie_word_embeddings is not true or false")
@@ -142,25 +145,18 @@ def _checked(model: ModelConfig, mixers: dict[str, Any]) -> Architecture:
     return architecture
 
 
-def hf_form(architecture: Architecture) -> HFModel | None:
-    """Return the form that the mixer of all layers has of its own, None for a pattern's form."""
-    if architecture.is_hybrid:
-        return None
-    (layer,) = architecture.kinds.values()
-    return layer.mixer.hf_model(architecture.dims, layer.options)
-
-
 def is_llama(architecture: Architecture) -> bool:
     """Whether a model is a Llama to Hugging Face, whose code transformers has."""
-    form = hf_form(architecture)
+    form = architecture.hf_form
     return form is not None and form.model_type == "llama"
 
 
 def hf_config_of(architecture: Architecture) -> dict[str, Any]:
     """Return config.json's description of an architecture: nothing about tokens or dtype."""
-    model, form = architecture.model, hf_form(architecture)
+    model, form = architecture.model, architecture.hf_form
+    own_keys = form.size_keys if form else {}
     config = {
-        **{key: getattr(model, field) for field, (key, _) in _SIZES.items()},
+        **{own_keys.get(key, key): getattr(model, field) for field, (key, _) in _SIZES.items()},
         "hidden_act": "silu",
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,

@@ -37,6 +37,7 @@ class TTTConfig(PretrainedConfig):
     """
 
     model_type = "ttt"
+    embedding_name = "embed_tokens"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(

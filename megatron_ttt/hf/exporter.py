@@ -20,7 +20,7 @@ from megatron_ttt.checkpoint.run_folder import Checkpoint, open_whole_checkpoint
 from megatron_ttt.config import Config, config_with_defaults
 from megatron_ttt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_ttt.errors import UserError, make_folder
-from megatron_ttt.hf.code import codes_of, write_code
+from megatron_ttt.hf.code import codes_of, configuration_of, write_code
 from megatron_ttt.hf.configuration import hf_config_of, is_llama
 from megatron_ttt.hf.export_manifest import write_source
 from megatron_ttt.hf.mapping import split
@@ -159,7 +159,7 @@ def _write_configuration(
     _write_json(folder / "config.json", tree)
     _write_json(folder / "generation_config.json", ids)
     if not is_llama(architecture):
-        write_code(folder, codes_of(architecture))
+        write_code(folder, codes_of(architecture), configuration_of(architecture))
     (folder / "README.md").write_text(model_card(checkpoint, config, tokenizer is not None))
 
 

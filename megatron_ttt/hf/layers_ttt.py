@@ -95,6 +95,97 @@ def read_tail(entry: Entry | None, name: str, x_BLD: Tensor, width: int, span: S
     return tail
 
 
+def rotary_angles(
+    span: Span,
+    head_size: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    angle_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [B or 1, 1, L, F] of angles that are taken in `angle_dtype`."""
+    exponent = torch.arange(0, head_size, 2, dtype=angle_dtype, device="cpu") / head_size
+    position = span.positions_BL().to(angle_dtype)
+    angle = position[:, None, :, None] * (1.0 / theta**exponent)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + F/2) of x [..., L, F] by the angles [..., L, F]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, entry: Entry | None, window: int | None
+) -> Tensor:
+    """Return the causal attention's output [B, H, L, F] of rotated queries and keys.
+
+    A token sees itself and the `window` - 1 tokens before it, or all of them where `window` is
+    None. The entry keeps no more keys and values than those.
+    """
+    if entry and "keys" in entry:
+        k = torch.cat([entry["keys"], k], dim=2)
+        v = torch.cat([entry["values"], v], dim=2)
+    if entry is not None:
+        entry["keys"], entry["values"] = remembered(k, v, span, window)
+    mask = visible_keys(span, k.shape[2], window)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if mask is None else mask.to(q.device),
+        is_causal=mask is None and span.length > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def remembered(k: Tensor, v: Tensor, span: Span, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that the next token will see, [B, heads, T, F].
+
+    A row's last token is in the last column. T is window - 1, or the tokens of the longest row if
+    those are fewer; a row that has fewer has anything in the columns before them.
+    """
+    end_B = span.start_B + span.lengths_B
+    T = int(end_B.max())
+    if window is not None:
+        T = min(T, window - 1)
+    before = k.shape[2] - span.length
+    if not span.ragged:
+        return (k, v) if k.shape[2] == T else (last_columns(k, T), last_columns(v, T))
+    index_BT = (before + span.lengths_B - T)[:, None] + torch.arange(T, device="cpu")
+    index = index_BT.clamp_min(0).to(k.device)[:, None, :, None]
+    index = index.expand(-1, k.shape[1], -1, k.shape[3])
+    return k.gather(2, index), v.gather(2, index)
+
+
+def last_columns(x: Tensor, count: int) -> Tensor:
+    """Return a copy of the last columns of x [B, H, T, F], which does not hold on to the others."""
+    return x[:, :, x.shape[2] - count :].clone()
+
+
+def visible_keys(span: Span, columns: int, window: int | None) -> Tensor | None:
+    """Return which keys each token sees, [B or 1, 1, L, columns], on the CPU.
+
+    None where it sees all those that are not after it. Tokens of a row come before its padding, so
+    that causality keeps them from seeing any of this call.
+    """
+    before = columns - span.length
+    # Relative to the position of the row's first token in this call.
+    key = torch.arange(-before, span.length, device="cpu")
+    query = torch.arange(span.length, device="cpu")[:, None]
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    visible = visible[None, None]
+    if (span.start_B < before).any():
+        visible = visible & (key + span.start_B[:, None] >= 0)[:, None, None]
+    if span.length == 1:
+        return None if visible.all() else visible
+    return None if not before and columns <= (window or columns) else visible
+
+
 class TTTPreConv(nn.Module):
     """The Mamba backbone's first branch: h + conv(RMSNorm(h))."""
 
@@ -132,7 +223,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if getattr(parameter, "_is_hf_initialized", False):
             continue
-        if isinstance(module, Mixer):
+        if hasattr(module, "init_parameter"):
             module.init_parameter(name, parameter, std)
         elif isinstance(module, TTTRMSNorm | nn.LayerNorm):
             parameter.fill_(1.0 if name == "weight" else 0.0)

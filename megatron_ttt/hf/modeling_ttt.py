@@ -88,13 +88,22 @@ class TTTModel(TTTPreTrainedModel):
 
     def __init__(self, config: TTTConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.add_module(config.embedding_name, embedding)
         self.layers = nn.ModuleList(
             TTTDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return getattr(self, self.config.embedding_name)
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        setattr(self, self.config.embedding_name, value)
 
     def forward(
         self,
@@ -116,7 +125,7 @@ class TTTModel(TTTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        h_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -163,10 +172,9 @@ class TTTModel(TTTPreTrainedModel):
 class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
     """The language model; its head may be the embedding."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: TTTConfig):
         super().__init__(config)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{config.embedding_name}.weight"}
         self.model = TTTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -174,11 +182,11 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
-        return self.model.embed_tokens
+        return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
-        self.model.embed_tokens = value
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""

@@ -60,9 +60,10 @@ def verify_configuration(architecture: Architecture, folder: Path) -> None:
     """Raise UserError unless transformers loads what an export has beside its weights."""
     from transformers import GenerationConfig, LlamaConfig
 
-    from megatron_ttt.hf.configuration_ttt import TTTConfig
+    from megatron_ttt.hf.code import configuration_class
 
-    for kind in (LlamaConfig if is_llama(architecture) else TTTConfig, GenerationConfig):
+    own = LlamaConfig if is_llama(architecture) else configuration_class(architecture)
+    for kind in (own, GenerationConfig):
         try:
             kind.from_pretrained(folder)
         except Exception as error:  # transformers lets out whatever its checks run into
@@ -121,7 +122,7 @@ class StreamedHF:
         self.read, self.dtype = read, dtype
         self.network = build_empty_hf_model(architecture).to(dtype)
         self.layers: nn.ModuleList = self.network.model.layers
-        self._load(self.network.model.embed_tokens, "model.embed_tokens.")
+        self._load(self.network.get_input_embeddings(), f"model.{architecture.hf_embedding}.")
         self._load(self.network.model.norm, "model.norm.")
         if not architecture.model.tie_word_embeddings:
             self._load(self.network.lm_head, "lm_head.")

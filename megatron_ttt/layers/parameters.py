@@ -39,6 +39,28 @@ class ParameterHolder(nn.Module):
         return tuple(self.parameters())
 
 
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay in float32 in a half-precision model; its children's do
+    not."""
+
+    def _apply(self, fn, recurse=True):
+        """Cast and move as any module, but leave own parameters in at least float32.
+
+        megatron-core's Float16Module casts all of a model, and knows no exceptions.
+        """
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(applied.device, torch.float32)
+            return applied
+
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(at_least_float32, recurse=False)
+
+
 def tensor_parallel_group(tp_group: ProcessGroup | None = None) -> ProcessGroup:
     """Return the group itself, or megatron-core's global one for None."""
     return parallel_state.get_tensor_model_parallel_group() if tp_group is None else tp_group

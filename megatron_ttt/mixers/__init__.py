@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ttt.mixers.attention import ATTENTION
 from megatron_ttt.mixers.base import Mixer
+from megatron_ttt.mixers.lact import LACT
 from megatron_ttt.mixers.registry import MIXERS, load_mixers, register_mixer
 from megatron_ttt.mixers.ttt import TTT_LINEAR, TTT_MLP
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 DEFAULT_PATTERN = (TTT_LINEAR.name,)
 """The mixers of a model that names none."""
 
-for _mixer in (TTT_LINEAR, TTT_MLP, ATTENTION):
+for _mixer in (TTT_LINEAR, TTT_MLP, ATTENTION, LACT):
     register_mixer(_mixer)
 
 __all__ = [
     "ATTENTION",
     "DEFAULT_PATTERN",
+    "LACT",
     "MIXERS",
     "TTT_LINEAR",
     "TTT_MLP",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -138,6 +138,12 @@ class HFModel:
     model_type: str
     keys: dict[str, Any]
     """Its keys in config.json beside the sizes that all models have."""
+    embedding: str = "embed_tokens"
+    """The name of its embedding."""
+    size_keys: Mapping[str, str] = field(default_factory=dict)
+    """Its own keys for sizes, by the keys that other models have for them."""
+    configuration: HFCode | None = None
+    """The subclass of `TTTConfig` that reads its config.json; None for `TTTConfig` itself."""
 
 
 class Mixer(ABC):
@@ -251,6 +257,10 @@ class Mixer(ABC):
         Raises UserError for keys that have no counterpart.
         """
         return None
+
+    def sizes_of_hf_model(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return a config.json of that form with the sizes under the keys that other forms have."""
+        return config
 
 
 def check_even_head_dim(dims: Dimensions) -> None:

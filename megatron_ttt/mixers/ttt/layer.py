@@ -26,7 +26,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_ttt.layers.norm import PostNorm, statistics_dtype
-from megatron_ttt.layers.parameters import ParameterHolder, new_parameter, tensor_parallel_group
+from megatron_ttt.layers.parameters import (
+    KeepsFloat32,
+    ParameterHolder,
+    new_parameter,
+    tensor_parallel_group,
+)
 from megatron_ttt.mixers.base import Dimensions, Parameter
 from megatron_ttt.mixers.inner_loop import InnerLoop
 from megatron_ttt.mixers.ttt.options import TTTOptions
@@ -61,7 +66,7 @@ def ttt_mixer_spec(
     )
 
 
-class TTTMixer(MegatronModule, InnerLoop):
+class TTTMixer(KeepsFloat32, MegatronModule, InnerLoop):
     """TTT-Linear or TTT-MLP in the place of self-attention.
 
     Its sizes are those of the TransformerConfig. Own parameters stay in float32 whatever half
@@ -142,23 +147,6 @@ class TTTMixer(MegatronModule, InnerLoop):
             fp32=row.fp32,
             tp_group=self.tp_group,
         )
-
-    def _apply(self, fn, recurse=True):
-        """Cast and move as any module, but leave own parameters in at least float32.
-
-        megatron-core's Float16Module casts all of a model, and knows no exceptions.
-        """
-
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if applied.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(applied.device, torch.float32)
-            return applied
-
-        if recurse:
-            for module in self.children():
-                module._apply(fn)
-        return super()._apply(at_least_float32, recurse=False)
 
     def forward(
         self,
