@@ -13,6 +13,7 @@ from megatron_ttt.checkpoint.run_folder import (
     open_checkpoint,
     prune,
 )
+from megatron_ttt.config import flatten_tree
 from megatron_ttt.errors import UserError
 
 
@@ -39,7 +40,9 @@ def description(path: Path) -> str:
     from megatron_ttt.checkpoint.reader import check_plain
 
     checkpoint = open_checkpoint(path)
-    state, model = checkpoint.state, checkpoint.config["model"]
+    state, config = checkpoint.state, checkpoint.config
+    mixers = {n: o for n, o in config.get("mixers", {}).items() if n in config["model"]["pattern"]}
+    described = flatten_tree({**config["model"], **mixers})
     entries = check_plain(path).state_dict_metadata
     numbers, dtypes = Counter(), Counter()
     for name, entry in entries.items():
@@ -51,7 +54,7 @@ def description(path: Path) -> str:
     lines = {
         "path": path,
         "step": _step(checkpoint),
-        "model": ", ".join(f"{key}={value}" for key, value in model.items() if value),
+        "model": ", ".join(f"{key}={value}" for key, value in described.items()),
         "weights": f"{numbers['weights']:,} ({', '.join(sorted(dtypes))})",
         "optimizer": f"{numbers['optimizer']:,} numbers" if state["has_optimizer"] else "none",
         "layout": _layout(state),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -23,14 +24,15 @@ def in_current_keys(tree: Any, source: str | None) -> Any:
         return tree
     model = {key: value for key, value in model.items() if key not in former}
     if "layer" in former:
-        model["pattern"] = [former["layer"]]
+        model.setdefault("pattern", [former["layer"]])
     named = {name: mixer.options_of_former_keys(former) for name, mixer in MIXERS.items()}
     named = {name: options for name, options in named.items() if options}
     if source is not None:
         _say_new_keys(source, former, named)
-    given = tree.get("mixers")
-    given = given if _is_dict(given) else {}
-    mixers = {name: {**named.get(name, {}), **(given.get(name) or {})} for name in [*named, *given]}
+    given = tree.get("mixers") or {}
+    if not _is_dict(given) or not all(map(_is_dict, given.values())):
+        return {**tree, "model": model}  # which is refused for its type
+    mixers = {name: {**named.get(name, {}), **given.get(name, {})} for name in [*named, *given]}
     return {**tree, "model": model, **({"mixers": mixers} if mixers else {})}
 
 
@@ -39,6 +41,8 @@ def _is_dict(value: Any) -> bool:
 
 
 def _say_new_keys(source: str, former: dict[str, Any], named: dict[str, dict[str, Any]]) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return  # rank 0 says it
     now = [f"model.pattern=[{former['layer']}]"] if "layer" in former else []
     for option in dict.fromkeys(option for options in named.values() for option in options):
         owners = [name for name, options in named.items() if option in options]

@@ -29,10 +29,11 @@ def model_card(checkpoint: Checkpoint, config: Config, has_tokenizer: bool) -> s
         f"A language model with {name} layers"
         + (
             " ([Learning to (Learn at Test Time)](https://arxiv.org/abs/2407.04620)): the hidden "
-            "state of a layer is itself a model, trained while a sequence is read. Memory per "
-            "token is constant."
+            "state of such a layer is itself a model, trained while a sequence is read."
             if architecture.has_inner_loop
-            else " (the Llama architecture)." * is_llama(architecture)
+            else " (the Llama architecture)."
+            if is_llama(architecture)
+            else "."
         ),
         "",
         "```python",

@@ -19,10 +19,13 @@ MIXERS: dict[str, Mixer] = {}
 def register_mixer(mixer: Mixer) -> Mixer:
     """Make a mixer known under its name, and return it.
 
-    Raises ValueError if another mixer has that name.
+    Raises TypeError for what is no `Mixer`, ValueError if the name is taken or no identifier.
     """
-    known = MIXERS.setdefault(mixer.name, mixer)
-    if type(known) is not type(mixer):
+    if not isinstance(mixer, Mixer):
+        raise TypeError(f"{mixer!r} is not an object of a subclass of Mixer")
+    if not mixer.name.isidentifier():
+        raise ValueError(f"{mixer.name!r} cannot name a mixer: use letters, digits and underscores")
+    if MIXERS.setdefault(mixer.name, mixer) is not mixer:
         raise ValueError(f"two mixers are named {mixer.name}: rename one")
     return mixer
 

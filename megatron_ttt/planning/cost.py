@@ -89,8 +89,8 @@ def layers_of_stage(config: Config, stage: int) -> list[str]:
 
 
 def parameters_of_rank(config: Config, stage: int = 0) -> tuple[int, int]:
-    """Return (parameters, of which float32 in a bf16 model) of a rank of the first or the last
-    stage. Both hold the embedding where it is the head too."""
+    """Return (parameters, of which float32 in a bf16 model) of a rank of a pipeline stage. The
+    first and the last both hold the embedding where it is the head too."""
     model, parallel, architecture = config.model, config.parallel, architecture_of(config)
     tp = parallel.tensor_model_parallel_size
     total = fp32 = 0
@@ -99,10 +99,14 @@ def parameters_of_rank(config: Config, stage: int = 0) -> tuple[int, int]:
             own = row.numel // (tp if row.shard_dim is not None else 1)
             total += own
             fp32 += own if row.fp32 else 0
-    alone = parallel.pipeline_model_parallel_size == 1
-    matrices = 2 if alone and not model.tie_word_embeddings else 1
-    vocabulary = -(-model.vocab_size // tp)
-    return total + matrices * vocabulary * model.hidden_size + model.hidden_size, fp32
+    stages = parallel.pipeline_model_parallel_size
+    vocabulary = -(-model.vocab_size // tp) * model.hidden_size
+    if stage in (0, stages - 1):
+        # The final norm is on the last stage alone, but too small to tell the two apart.
+        total += vocabulary + model.hidden_size
+        if stages == 1 and not model.tie_word_embeddings:
+            total += vocabulary
+    return total, fp32
 
 
 def checkpoint_bytes(config: Config) -> dict[str, int]:

@@ -34,8 +34,9 @@ def memory_per_rank(config: Config, dp: int, *, on_cpu: bool) -> dict[str, float
     """
     training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
+    stages = range(config.parallel.pipeline_model_parallel_size)
     parts = max(
-        (_parts(config, stage, microbatches, dp, on_cpu) for stage in _stages(config.parallel)),
+        (_parts(config, stage, microbatches, dp, on_cpu) for stage in stages),
         key=lambda parts: sum(parts.values()),
     )
     return {name: round(size / GIB, 3) for name, size in parts.items()}
@@ -54,11 +55,6 @@ def _parts(
         "optimizer": (8 * parameters + main_copies) / dp,
         **_activations(config, stage, microbatches, parameters, on_cpu),
     }
-
-
-def _stages(parallel) -> set[int]:
-    """The first has most microbatches in flight, the last has the head."""
-    return {0, parallel.pipeline_model_parallel_size - 1}
 
 
 def _width(config: Config) -> int:

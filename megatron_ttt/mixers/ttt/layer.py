@@ -133,6 +133,7 @@ class TTTMixer(KeepsFloat32, MegatronModule, InnerLoop):
         for conv in ("conv_q", "conv_k") if options.share_qk else ():
             own = [row for row in table if row.name.startswith(f"{conv}.")]
             setattr(self, conv, ParameterHolder(**{_tail(row): self._new(row) for row in own}))
+        self.shard_dims = {row.name: row.shard_dim for row in table if row.shard_dim is not None}
         for row in table:
             if "." not in row.name:
                 self.register_parameter(row.name, self._new(row))
@@ -256,7 +257,7 @@ class TTTMixer(KeepsFloat32, MegatronModule, InnerLoop):
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         own = {}
         self._save_to_state_dict(own, "", keep_vars=True)
-        per_head = {name: 0 for name in own if name != "learnable_token_idx"}
+        per_head = {name: self.shard_dims[name] for name in own if name in self.shard_dims}
         sharded = make_sharded_tensors_for_checkpoint(
             own, prefix, per_head, sharded_offsets, **groups
         )
