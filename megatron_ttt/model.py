@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,10 @@ def make_transformer_config(
                 f"training.scan_backend={training.scan_backend} cannot run here: {reason}; set "
                 "training.scan_backend=auto"
             )
-        from_mixers |= layer.mixer.transformer_config_fields(architecture.dims, layer.options)
+        for field, value in layer.mixer.transformer_config_fields(
+            architecture.dims, layer.options
+        ).items():
+            from_mixers[field] = _agreed(architecture, field, from_mixers.get(field, value), value)
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fields = {
         "num_layers": model.num_layers,
@@ -82,6 +86,16 @@ def make_transformer_config(
         "deterministic_mode": training.deterministic,
     }
     return TransformerConfig(**{**fields, **from_mixers, **platform.core_overrides})
+
+
+def _agreed(architecture: Architecture, field: str, others: Any, own: Any) -> Any:
+    """Return what the mixers of a model all ask of megatron-core, which has one of it."""
+    if others != own:
+        raise UserError(
+            f"the mixers of model.pattern={architecture.model.pattern} want {field}={others} and "
+            f"{own}: megatron-core has one for all layers"
+        )
+    return own
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -130,8 +144,10 @@ def build_chunk(config: Config, core: TransformerConfig, vp_stage: int | None) -
     stage = {} if vp_stage is None else {"vp_stage": vp_stage, "ignore_virtual": False}
     first = get_transformer_layer_offset(core, vp_stage=vp_stage)
     own = slice(first, first + get_num_layers_to_build(core, vp_stage=vp_stage))
-    bases = [layer.mixer.rotary_base(layer.options) for layer in architecture.kinds.values()]
-    rotary_base = next(filter(None, bases), None)
+    rotary_base = None
+    for layer in architecture.kinds.values():
+        if base := layer.mixer.rotary_base(layer.options):
+            rotary_base = _agreed(architecture, "rotary_base", rotary_base or base, base)
     chunk = LanguageModel(
         core,
         architecture,

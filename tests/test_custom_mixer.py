@@ -21,8 +21,9 @@ MODULE = "examples.custom_mixer.momentum_ttt"
 STEPS, SAVED_AT = 6, 3
 
 
-def test_everything_a_mixer_can(tmp_path):
-    load_mixers([MODULE])
+def test_everything_a_mixer_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_TTT_MIXERS", MODULE)  # for commands that read a checkpoint
+    load_mixers()
     model = {"num_layers": 2, "mixer_modules": [MODULE]}
     config, parameters = random_model(["momentum_ttt"], **model)
     job = Job(tmp_path)

@@ -86,17 +86,18 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(words: list[str], folder: Path) -> None:
-    """Run one command of a page in the workplace."""
+def run(words: list[str], folder: Path, exported: dict[str, str]) -> None:
+    """Run one command of a page in the workplace, with what commands before it have exported."""
     program, *arguments = words
-    if words == ["export", "PYTHONPATH=."]:
-        return  # as every command here has it
+    if program == "export":
+        exported.update(word.split("=", 1) for word in arguments)
+        return
     if program == "torchrun":
         program, arguments = "python", ["-m", "torch.distributed.run", *arguments]
     assert program == "python", (
         f"mark {shlex.join(words)!r} as not run, or teach the test to run it"
     )
-    environ = {**environment(), "PYTHONPATH": str(ROOT)}
+    environ = {**environment(), **exported, "PYTHONPATH": str(ROOT)}
     harness.run([sys.executable, *arguments], cwd=folder, env=environ)
 
 
@@ -107,13 +108,14 @@ def test_every_command_runs_or_says_why_not(page, workplace):
     (workplace / "data").mkdir()
     if "--output-prefix data/tokenizer" not in page.read_text():
         os.symlink(workplace / "tokenizer.model", workplace / "data/tokenizer.model")
+    exported: dict[str, str] = {}
     for block, why_not in blocks(page):
         if why_not:
             continue
         for written, small in SMALLER.items():
             block = block.replace(written, small)
         for words in commands(block):
-            run(words, workplace)
+            run(words, workplace, exported)
 
 
 def test_a_block_is_run_unless_it_is_marked(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_ttt.config.tree import Config
 from megatron_ttt.errors import UserError, check_at_least, check_choice
-from megatron_ttt.mixers import MIXERS
+from megatron_ttt.mixers import MIXERS, check_known
 from megatron_ttt.mixers.base import Dimensions
 
 PRECISIONS = ("bf16", "fp32")
@@ -80,12 +80,7 @@ def _validate_mixers(config: Config) -> None:
     model = config.model
     if not model.pattern:
         raise UserError("model.pattern is empty: name the layers' mixers")
-    for name in model.pattern:
-        if name not in MIXERS:
-            raise UserError(
-                f"model.pattern: {name} is none of {', '.join(MIXERS)}; name the module of a mixer "
-                "of your own in model.mixer_modules"
-            )
+    check_known(model.pattern)
     if model.num_layers % len(model.pattern):
         raise UserError(
             f"model.num_layers={model.num_layers} is not divisible by the {len(model.pattern)} "

@@ -23,7 +23,7 @@ from megatron_ttt.config.checks import validate
 from megatron_ttt.config.former_keys import in_current_keys
 from megatron_ttt.config.tree import Config
 from megatron_ttt.errors import UserError
-from megatron_ttt.mixers import MIXERS, load_mixers
+from megatron_ttt.mixers import MIXERS, check_known, load_mixers
 
 _REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")
 _LISTS = {"data": ("train", "validation"), "model": ("pattern", "mixer_modules")}
@@ -65,11 +65,12 @@ def config_with_defaults(tree: dict[str, Any], path: Path, overrides: list[str] 
 def _merge(trees: list[tuple[str, dict]], overrides: list[str], *, by_hand: bool = False) -> Config:
     """Lay trees and then overrides over the defaults; each comes with where it is from.
 
-    by_hand: the trees are recipes; former keys in them are reported.
+    by_hand: the trees are recipes: former keys in them are reported, and modules that they name are
+    imported. Others may be a stranger's.
     """
     load_mixers()
     trees = [(source, in_current_keys(tree, source if by_hand else None)) for source, tree in trees]
-    for _, tree in trees:
+    for _, tree in trees if by_hand else ():
         _load_modules(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -82,6 +83,8 @@ def _merge(trees: list[tuple[str, dict]], overrides: list[str], *, by_hand: bool
         tree = in_current_keys(tree, override)
         _load_modules(tree)
         trees.append((override, tree))
+    for _, tree in trees:
+        _check_pattern(tree)
     merged = OmegaConf.structured(_schema())
     for source, tree in trees:
         with _refusing(source):
@@ -102,6 +105,14 @@ def _load_modules(tree: dict[str, Any]) -> None:
     modules = model.get("mixer_modules") if isinstance(model, dict) else None
     if isinstance(modules, list):
         load_mixers(name for name in modules if isinstance(name, str))
+
+
+def _check_pattern(tree: Any) -> None:
+    """Refuse unknown mixers before their options are: these name no cure."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    pattern = model.get("pattern") if isinstance(model, dict) else None
+    if isinstance(pattern, list):
+        check_known(name for name in pattern if isinstance(name, str) and "${" not in name)
 
 
 def _schema() -> type:

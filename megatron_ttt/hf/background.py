@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_ttt.mixers.registry import LOADED, VARIABLE
 from megatron_ttt.platform.processes import is_running
 
 END_SECONDS = 5.0
@@ -128,12 +129,19 @@ def _begin(checkpoint: Path, output: Path) -> _Export:
     with open(log, "w") as file:
         process = subprocess.Popen(
             _command(checkpoint, unpublished),
-            env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+            env={**environment, "CUDA_VISIBLE_DEVICES": "", **_mixers()},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a launcher signals the process group
         )
     return _Export(output, unpublished, log, process)
+
+
+def _mixers() -> dict[str, str]:
+    """Return what lets another process import the modules of mixers that this one has."""
+    if not LOADED:
+        return {}
+    return {VARIABLE: ",".join(LOADED), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _command(checkpoint: Path, output: Path) -> list[str | Path]:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from megatron_ttt.config import ModelConfig
 from megatron_ttt.errors import UserError
-from megatron_ttt.mixers import MIXERS, load_mixers
+from megatron_ttt.mixers import MIXERS, check_known, load_mixers
 from megatron_ttt.stack import Architecture
 
 _SIZES = {
@@ -60,13 +60,14 @@ def architecture_from_hf_config(config: dict[str, Any]) -> Architecture:
     """Return the architecture of a config.json. Raises UserError for what has no counterpart."""
     # transformers 5 writes a Llama's rope_theta into rope_parameters.
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_parameters={rope!r} is no section")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config.json: only rope_type=default is supported, not {rope}")
     config = {**rope, **config}
-    modules = config.get("mixer_modules", [])
-    load_mixers(modules if isinstance(modules, list) else [])
+    load_mixers()
     if "mixers" in config:
-        return _architecture_of_pattern({**_DEFAULTS, **config}, modules)
+        return _architecture_of_pattern({**_DEFAULTS, **config})
     for mixer in MIXERS.values():
         options = mixer.options_of_hf_model({**_DEFAULTS, **config})
         if options is not None:
@@ -80,16 +81,18 @@ def architecture_from_hf_config(config: dict[str, Any]) -> Architecture:
     )
 
 
-def _architecture_of_pattern(config: dict[str, Any], modules: list[str]) -> Architecture:
+def _architecture_of_pattern(config: dict[str, Any]) -> Architecture:
     """Return the architecture of a config.json with `layer_types` and `mixers`."""
     kinds, given = config.get("layer_types"), config["mixers"]
-    if not isinstance(kinds, list) or not isinstance(given, dict) or not set(kinds) <= set(given):
+    modules = config.get("mixer_modules", [])
+    if not _is_names(kinds) or not isinstance(given, dict) or not set(kinds) <= set(given):
         raise UserError("config.json: layer_types and mixers do not fit each other")
-    if unknown := sorted(set(kinds) - set(MIXERS)):
-        raise UserError(
-            f"config.json: the mixer {unknown[0]} is none of {', '.join(MIXERS)}; install the "
-            "package that has it"
-        )
+    if modules and not _is_names(modules):
+        raise UserError("config.json: mixer_modules is no list of names")
+    try:
+        check_known(kinds)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
     options = {}
     for name in dict.fromkeys(kinds):
         known = {field.name for field in dataclasses.fields(MIXERS[name].Options)}
@@ -99,7 +102,11 @@ def _architecture_of_pattern(config: dict[str, Any], modules: list[str]) -> Arch
     model = _model(config, _shortest_pattern(kinds))
     if model.num_layers != len(kinds):
         raise UserError("config.json: layer_types is not num_hidden_layers long")
-    return _checked(dataclasses.replace(model, mixer_modules=list(modules)), options)
+    return _checked(dataclasses.replace(model, mixer_modules=modules or []), options)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
 def _shortest_pattern(kinds: list[str]) -> list[str]:

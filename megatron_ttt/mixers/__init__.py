@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_ttt.mixers.attention import ATTENTION
 from megatron_ttt.mixers.base import Mixer
 from megatron_ttt.mixers.lact import LACT
-from megatron_ttt.mixers.registry import MIXERS, load_mixers, register_mixer
+from megatron_ttt.mixers.registry import MIXERS, check_known, load_mixers, register_mixer
 from megatron_ttt.mixers.ttt import TTT_LINEAR, TTT_MLP
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "TTT_LINEAR",
     "TTT_MLP",
     "Mixer",
+    "check_known",
     "load_mixers",
     "register_mixer",
     "ttt_layer_spec",

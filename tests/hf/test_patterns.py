@@ -106,6 +106,10 @@ def test_bad_patterns(tmp_path):
     refused("layer_types", layer_types="ttt_linear")
     refused("do not fit each other", layer_types=["ttt_linear", "ttt_mlp"])
     refused("long", num_hidden_layers=4)
+    refused("layer_types", layer_types=[["ttt_linear"], "attention"])
+    refused("do not fit", layer_types=[], mixers={})
+    refused("mixer_modules", mixer_modules="evil")
+    refused("rope_parameters", rope_parameters=[1])
     refused("is none of", layer_types=["x", "y"], mixers={"x": {}, "y": {}})
     refused("other keys", mixers={**mixers, "attention": {"widow": 3}})
     refused("of another type", mixers={**mixers, "attention": {"window": "wide"}})
@@ -113,12 +117,19 @@ def test_bad_patterns(tmp_path):
 
 
 def test_a_file_beside_a_directory_is_not_run(tmp_path, monkeypatch):
+    """Not even where Python would find it."""
+    from megatron_ttt.config import config_from_tree
     from megatron_ttt.errors import UserError
 
     config, parameters = random_model(["ttt_linear", "attention"], num_layers=2)
-    folder = write_official(tmp_path / "hf", {**config, "mixer_modules": ["evil"]}, parameters)
+    folder = write_official(tmp_path / "hf", {**config, "mixer_modules": ["hf.evil"]}, parameters)
     (folder / "evil.py").write_text("open('was_run', 'w')")
-    monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match="cannot import evil: No module named 'evil'; install"):
-        import_directory(folder, tmp_path / "checkpoint")
-    assert not (folder / "was_run").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import_directory(folder, tmp_path / "checkpoint")
+    tree = json.loads((tmp_path / "checkpoint/state.json").read_text())["config"]
+    assert tree["model"]["mixer_modules"] == ["hf.evil"]
+    tree["model"]["pattern"] = ["evil"]
+    with pytest.raises(UserError, match=r"evil is none of .* in MEGATRON_TTT_MIXERS"):
+        config_from_tree(tree, "a checkpoint")
+    assert not (tmp_path / "was_run").exists()

@@ -96,6 +96,7 @@ class TTTMixer(KeepsFloat32, MegatronModule, InnerLoop):
         self.options, self.layer_number, self.scan_backend = options, layer_number, scan_backend
         self.mixer = mixer
         dims = Dimensions(config.hidden_size, config.num_attention_heads, config.init_method_std)
+        mixer.validate(dims, options)
         tp_group = self.tp_group = tensor_parallel_group(pg_collection and pg_collection.tp)
         self.head_dim = dims.head_dim
         self.num_local_heads = dims.num_heads // tp_group.size()
