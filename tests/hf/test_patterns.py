@@ -1,5 +1,6 @@
 """Hybrids, windows, grouped heads, untied heads: to a directory and back, the same model."""
 
+import itertools
 import json
 
 import numpy as np
@@ -94,9 +95,10 @@ def test_bad_patterns(tmp_path):
     from megatron_ttt.errors import UserError
 
     config, parameters = random_model(["ttt_linear", "attention"], num_layers=2)
+    numbers = itertools.count()
 
     def refused(match: str, **changes) -> None:
-        folder = tmp_path / match
+        folder = tmp_path / f"hf-{next(numbers)}"
         write_official(folder, {**config, **changes}, parameters)
         with pytest.raises(UserError, match=match) as refusal:
             import_directory(folder, tmp_path / "checkpoint")
