@@ -69,7 +69,7 @@ class Architecture:
 
     @property
     def label(self) -> str:
-        """Its name for people, such as "TTT-Linear", or "TTT-Linear + Transformer"."""
+        """Its name for people, such as "TTT-Linear", or "TTT-Linear + Attention"."""
         return " + ".join(layer.mixer.label for layer in self.kinds.values())
 
     @property

@@ -41,7 +41,7 @@ _UNKNOWN_FORMAT = (
 
 
 def written_by() -> dict[str, str]:
-    """What state.json says of the versions at work."""
+    """Return the versions that state.json records."""
     return {"megatron_core": mcore_version(), "torch": torch.__version__}
 
 

@@ -1,4 +1,4 @@
-"""What is refused of a configuration: values that cannot work, layouts that do not fit."""
+"""Refuse configurations that cannot work: values out of range, layouts that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of before `model.pattern` and `mixers`: recipes and checkpoints still have them."""
+"""Translate the keys of recipes and checkpoints older than `model.pattern` and `mixers`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ON_ERROR = ("fail", "skip")
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What every task of a run is told, on whatever machine it is done."""
+    """The arguments that all tasks of a run share, on whatever machine they run."""
 
     output_prefix: str
     options: Options

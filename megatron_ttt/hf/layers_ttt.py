@@ -18,7 +18,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Mixer(nn.Module):
-    """What a block reads the tokens before with: h += mixer(RMSNorm(h)).
+    """Mixes the tokens of a sequence within a block: h += mixer(RMSNorm(h)).
 
     `__init__` takes the configuration and the number of the layer, whose options
     `config.mixer_options(layer_idx)` returns.

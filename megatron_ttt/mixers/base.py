@@ -1,4 +1,4 @@
-"""What a mixer says about itself, once: its options and the table of its parameters."""
+"""The interface of a mixer: its options, the table of its parameters, its costs and module."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Hook:
     """Methods that a `Trainer` calls on every rank; a subclass overrides the ones it needs.
 
-    An exception ends the run. The log, the checks and the saver are hooks too; one's own come
-    before them::
+    An exception ends the run. The log, the checks and the saver are hooks too, called after your
+    own::
 
         class Losses(Hook):
             def __init__(self):

@@ -1,4 +1,4 @@
-"""What attention says of itself."""
+"""Attention as a mixer: its checks, parameters, costs and module."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Test-time training: a layer whose hidden state is a model, trained while the sequence is read.
 
-`mixer.py` is what it says of itself, `layer.py` the megatron-core module and `scan.py` its inner
-loop as a pure function of tensors. `linear/` and `mlp/` hold the inner models: the reference, which
-reads like the maths, the fast form in PyTorch and the Triton kernels. `cpp/` holds the scan in C++
-for both.
+`mixer.py` describes the mixers to the rest of the package; `layer.py` is the megatron-core module
+and `scan.py` its inner loop as a pure function of tensors. `linear/` and `mlp/` hold the inner
+models: the reference, which reads like the maths, the fast form in PyTorch and the Triton
+kernels. `cpp/` holds the scan in C++ for both.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a TTT mixer says of itself."""
+"""TTT layers as mixers: their checks, parameters, costs and module."""
 
 from __future__ import annotations
 
