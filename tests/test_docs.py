@@ -86,7 +86,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(words: list[str], folder: Path, exported: dict[str, str]) -> None:
+def run(words: list[str], folder: Path, exported: dict[str, str] | None = None) -> None:
     """Run one command of a page in the workplace, with what commands before it have exported."""
     program, *arguments = words
     if program == "export":
@@ -97,7 +97,7 @@ def run(words: list[str], folder: Path, exported: dict[str, str]) -> None:
     assert program == "python", (
         f"mark {shlex.join(words)!r} as not run, or teach the test to run it"
     )
-    environ = {**environment(), **exported, "PYTHONPATH": str(ROOT)}
+    environ = {**environment(), **(exported or {}), "PYTHONPATH": str(ROOT)}
     harness.run([sys.executable, *arguments], cwd=folder, env=environ)
 
 
