@@ -1,6 +1,7 @@
 """A mixer written outside the package: everything that the package's own mixers can."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, Job, model_sections, random_model, relative, run, section
+from harness import ROOT, Job, environment, model_sections, random_model, relative, run, section
 from small_run import small_recipe
 
 from megatron_ttt.config import load_config
@@ -115,6 +116,22 @@ def test_the_recipe_trains(tmp_path):
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
     assert losses and all(loss > 0 for loss in losses)
+
+
+def test_an_installed_package_brings_its_mixer(tmp_path):
+    """By an entry point: the recipe names no module."""
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    entry = "[megatron_ttt.mixers]\nmomentum_ttt = {}:{}\n"
+    command = ["pretrain_ttt.py", "--config", "yaml_recipes/debug_cpu.yaml", "--print-config"]
+    command = [sys.executable, *command, "model.pattern=momentum_ttt"]
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    (info / "entry_points.txt").write_text(entry.format(MODULE, "MOMENTUM_TTT"))
+    assert "decay: " in run(command, env=env, forked=False)
+    (info / "entry_points.txt").write_text(entry.format(MODULE, "NONE"))
+    output = run(command, env=env, forked=False, expect=2)
+    assert "error: the mixer momentum_ttt of an installed package cannot be loaded" in output
 
 
 def test_the_estimate_of_memory_is_what_autograd_saves():
