@@ -115,7 +115,8 @@ def test_the_menu_plans_before_it_trains():
 def test_a_run_its_resume_and_a_torchrun_that_is_killed(tmp_path):
     """The script trains; stopped by a signal it leaves with 75; with RUN_DIR it goes on. A torchrun
     that is killed is started again, when the processes it left have saved and ended."""
-    overrides = tiny_overrides(tmp_path)
+    # So many steps that a busy machine hears of a signal before the last.
+    overrides = tiny_overrides(tmp_path, steps=72)
     whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
     script, log = "train_125m_c4.sh", tmp_path / "log"
     output = launch(script, *overrides, f"run.dir={whole}", GPUS=2)
