@@ -22,9 +22,10 @@ from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import register_mixer
 from megatron_ttt.mixers.base import Dimensions, Microbatch, Parameter
 from megatron_ttt.mixers.hf_code import HFCode
+from megatron_ttt.mixers.module import mixer_spec
 from megatron_ttt.mixers.ttt import HF_FILES
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
-from megatron_ttt.mixers.ttt.layer import TTTMixer, ttt_mixer_spec
+from megatron_ttt.mixers.ttt.layer import TTTMixer
 from megatron_ttt.mixers.ttt.linear.reference import mini_batch, predict
 from megatron_ttt.mixers.ttt.mixer import TTT
 from megatron_ttt.mixers.ttt.options import TTTOptions
@@ -113,7 +114,7 @@ class MomentumTTT(TTT):
 
     def spec(self, options: MomentumOptions, backend: str = "auto"):
         """Return the spec of the module."""
-        return ttt_mixer_spec(self, options, "naive", module=MomentumLayer)
+        return mixer_spec(MomentumLayer, self, options, "naive")
 
     def unsupported_reason(self, dims, options, *, backend, **_) -> str | None:
         """Return why a backend cannot run: only the reference is implemented."""

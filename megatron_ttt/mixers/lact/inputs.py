@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ttt.mixers.module import split_heads
+
 L2_EPS = 1e-5
-
-
-def split_heads(x_SBD: Tensor, heads: int) -> Tensor:
-    """[S, B, D] -> [B, H, L, F]."""
-    return x_SBD.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""What LaCT says of itself."""
+"""LaCT as a mixer: its checks, parameters, costs and module."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ class LaCT(Mixer):
 
     def spec(self, options: LaCTOptions, backend: str = "auto") -> ModuleSpec:
         """Return the spec of the mixer; backend: "naive" for the reference's scan."""
-        from megatron_ttt.mixers.lact.layer import lact_mixer_spec
+        from megatron_ttt.mixers.lact.layer import LaCTMixer
+        from megatron_ttt.mixers.module import mixer_spec
 
-        return lact_mixer_spec(self, options, backend)
+        return mixer_spec(LaCTMixer, self, options, backend)
 
     def flops_per_token(self, dims: Dimensions, options: LaCTOptions, seq_length: int) -> float:
         """Return the FLOPs of a token's forward pass."""

@@ -21,9 +21,9 @@ def lact_parameters(dims: Dimensions, options: LaCTOptions) -> list[Parameter]:
         hf_names = (f"attn.{hf_name or name}",)
         table.append(Parameter(name, shape, initialiser, hf_names, shard_dim, fp32))
 
-    add("qkv.weight", (3 * D, D), weights, fp32=False)
+    add("in_proj.weight", (3 * D, D), weights, fp32=False, hf_name="qkv.weight")
     if options.qkv_bias:
-        add("qkv.bias", (3 * D,), zeros, fp32=False)
+        add("in_proj.bias", (3 * D,), zeros, fp32=False, hf_name="qkv.bias")
     for part in "qk" if options.qk_norm else "":
         add(f"{part}_norm_weight", (D,), ones, hf_name=f"{part}_norm.weight")
     add("qk_scale", (D, 2), ones)
@@ -46,7 +46,7 @@ def lact_parameters(dims: Dimensions, options: LaCTOptions) -> list[Parameter]:
             add(name, (m, h, f), normal(f**-0.5))
     add("w1", (m, f, h), normal(h**-0.5))
     add("ttt_norm_weight", (f,), ones, shard_dim=None, hf_name="ttt_norm.weight")
-    add("o_proj.weight", (D, D), weights, shard_dim=1, fp32=False)
+    add("out_proj.weight", (D, D), weights, shard_dim=1, fp32=False, hf_name="o_proj.weight")
     return table
 
 

@@ -119,6 +119,7 @@ class TTT(Mixer):
 
     def spec(self, options: TTTOptions, backend: str = "auto") -> ModuleSpec:
         """Return the spec of the mixer; backend: see `ttt_scan`."""
-        from megatron_ttt.mixers.ttt.layer import ttt_mixer_spec
+        from megatron_ttt.mixers.module import mixer_spec
+        from megatron_ttt.mixers.ttt.layer import TTTMixer
 
-        return ttt_mixer_spec(self, options, backend)
+        return mixer_spec(TTTMixer, self, options, backend)
