@@ -188,6 +188,28 @@ class Job:
         self.run(name)
         return output
 
+    def recipe(
+        self, sections: dict, tokens: np.ndarray, checkpoint: Path, **optimizer: float
+    ) -> dict[str, Any]:
+        """A configuration tree that trains a checkpoint in fp32 on tokens [steps, batch, L+1], two
+        sequences a microbatch, and saves at the end."""
+        path = self.folder / "tokens.npy"
+        np.save(path, tokens)
+        steps, batch, columns = tokens.shape
+        return {
+            **sections,
+            "optimizer": {"lr": 3e-3, **optimizer},
+            "training": {
+                "steps": steps,
+                "seq_length": columns - 1,
+                "micro_batch_size": 2,
+                "global_batch_size": batch,
+                "precision": "fp32",
+            },
+            "data": {"fixed_batches": str(path)},
+            "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
+        }
+
     def train(
         self,
         name: str,

@@ -30,20 +30,7 @@ def test_everything_a_mixer_can(tmp_path, monkeypatch):
     job = Job(tmp_path)
     checkpoint = job.import_official("imported", config, parameters)
     tokens = np.random.default_rng(1).integers(0, 96, (STEPS, 4, 43))
-    np.save(tmp_path / "tokens.npy", tokens)
-    recipe = {
-        **model_sections(config),
-        "optimizer": {"lr": 3e-3},
-        "training": {
-            "steps": STEPS,
-            "seq_length": 42,
-            "micro_batch_size": 2,
-            "global_batch_size": 4,
-            "precision": "fp32",
-        },
-        "data": {"fixed_batches": str(tmp_path / "tokens.npy")},
-        "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
-    }
+    recipe = job.recipe(model_sections(config), tokens, checkpoint)
 
     # It trains at TP2 + SP, is resumed there at PP2, and is the model of one process throughout.
     job.train("one", "one", recipe, gradients=True)

@@ -24,25 +24,12 @@ PAIRS = list(zip(PARALLEL, [*PARALLEL[1:], PARALLEL[0]]))
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("hybrids"))
-    tokens = job.folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(1).integers(0, 97, (STEPS, 4, 43)))
+    tokens = np.random.default_rng(1).integers(0, 97, (STEPS, 4, 43))
     for name, (pattern, mixers, model) in HYBRIDS.items():
         config, parameters = random_model(pattern, mixers, vocab_size=97, **model)
         checkpoint = job.import_official(name, config, parameters)
-        recipe = {
-            **model_sections(config),
-            "optimizer": {"lr": 3e-3},
-            "training": {
-                "steps": STEPS,
-                "seq_length": 42,
-                "micro_batch_size": 2,
-                "global_batch_size": 4,
-                "precision": "fp32",
-            },
-            "data": {"fixed_batches": str(tokens)},
-            "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
-            "parallel": {"bucket_size": 15000},
-        }
+        recipe = job.recipe(model_sections(config), tokens, checkpoint)
+        recipe["parallel"] = {"bucket_size": 15000}
         job.train(f"{name}-one", "one", recipe, gradients=True)
         for layout in PARALLEL:
             options = [f"training.exit_step={SAVED_AT}"]

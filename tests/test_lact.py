@@ -139,27 +139,14 @@ SAVED_AT, STEPS = 2, 4
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("lact"))
-    tokens = job.folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(1).integers(0, 97, (STEPS, 4, 43)))
+    tokens = np.random.default_rng(1).integers(0, 97, (STEPS, 4, 43))
     for name, (pattern, mixers, model) in MODELS.items():
         config, parameters = random_model(pattern, mixers, vocab_size=97, **model)
         checkpoint = job.import_official(name, config, parameters)
-        recipe = {
-            **model_sections(config),
-            # Gradients of rates are so small that a small epsilon would make much of rounding.
-            "optimizer": {"lr": 3e-3, "eps": 1e-4},
-            "training": {
-                "steps": STEPS,
-                "seq_length": 42,
-                "micro_batch_size": 2,
-                "global_batch_size": 4,
-                "precision": "fp32",
-            },
-            "data": {"fixed_batches": str(tokens)},
-            "checkpoint": {"load": str(checkpoint), "save_every": 0, "milestone_every": 0},
-        }
+        # Gradients of rates are so small that a small epsilon would make much of rounding.
+        recipe = job.recipe(model_sections(config), tokens, checkpoint, eps=1e-4)
         job.train(f"{name}-one", "one", recipe, gradients=True)
-        ids = torch.from_numpy(np.load(tokens)[0, :2, :42])
+        ids = torch.from_numpy(tokens[0, :2, :42])
         for layout in ("one", "tp2", "tp2sp"):
             job.evaluate(f"{name}-{layout}-float64", layout, checkpoint, ids, "float64")
         for layout in PARALLEL:

@@ -28,14 +28,8 @@ def test_imports_trains_and_exports(tmp_path, use_gate, share_qk, pre_conv):
     job = Job(tmp_path)
     checkpoint = job.import_official("imported", config, parameters)
     random = np.random.default_rng(0)
-    np.save(tmp_path / "tokens.npy", random.integers(0, 96, (3, 2, 34)))
-    recipe = {
-        **model_sections(config),
-        "optimizer": {"lr": 1e-3},
-        "training": {"steps": 3, "seq_length": 33, "global_batch_size": 2, "precision": "fp32"},
-        "data": {"fixed_batches": str(tmp_path / "tokens.npy")},
-        "checkpoint": {"load": str(checkpoint), "milestone_every": 0},
-    }
+    tokens = random.integers(0, 96, (3, 2, 34))
+    recipe = job.recipe(model_sections(config), tokens, checkpoint, lr=1e-3)
     job.train("run", "tp2", recipe)
     trained = job.run("run") / "checkpoint-3"
     export_checkpoint(trained, tmp_path / "hf")
