@@ -17,6 +17,7 @@ from megatron_ttt.config import (
     load_config,
     to_dict,
 )
+from megatron_ttt.config.former_keys import in_current_keys
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import MIXERS
 from megatron_ttt.planning import count_parameters, dry_run
@@ -245,6 +246,7 @@ def test_a_former_tree_of_a_checkpoint_is_read_silently(capsys):
     current = to_dict(load_config([RECIPES / "debug_cpu.yaml"]))
     former = {**current, "model": {**current["model"], "layer": "ttt_linear", "ttt_base_lr": 0.5}}
     del former["mixers"], former["model"]["pattern"], former["model"]["tie_word_embeddings"]
+    assert list(in_current_keys(former, None)["mixers"]) == ["ttt_linear"]
     config = config_from_tree(former, "a checkpoint")
     assert config.mixers["ttt_linear"].base_lr == 0.5 and config.model.pattern == ["ttt_linear"]
     assert capsys.readouterr().err == ""

@@ -41,8 +41,7 @@ def description(path: Path) -> str:
 
     checkpoint = open_checkpoint(path)
     state, config = checkpoint.state, checkpoint.config
-    mixers = {n: o for n, o in config.get("mixers", {}).items() if n in config["model"]["pattern"]}
-    described = flatten_tree({**config["model"], **mixers})
+    described = flatten_tree({**config["model"], **config.get("mixers", {})})
     entries = check_plain(path).state_dict_metadata
     numbers, dtypes = Counter(), Counter()
     for name, entry in entries.items():

@@ -15,8 +15,9 @@ FORMER_KEYS = ("layer", "backbone", "mini_batch_size", "ttt_base_lr", "conv_kern
 def in_current_keys(tree: Any, source: str | None) -> Any:
     """Return a tree in which former keys stand as what they are now.
 
-    A former key meant whatever mixer the layers had; it sets the option of every mixer that has it.
-    source: where the tree is from, for the line on stderr that names the new keys; None: no line.
+    A former key meant whatever mixer the layers had. In a part of a configuration it sets the
+    option of every mixer that has it; in a whole one, of those in the pattern. source: where a part
+    is from, for the line on stderr that names the new keys; None: the tree is whole, and no line.
     """
     model = tree.get("model") if isinstance(tree, dict) else None
     former = {key: model[key] for key in FORMER_KEYS if key in model} if _is_dict(model) else {}
@@ -27,7 +28,11 @@ def in_current_keys(tree: Any, source: str | None) -> Any:
         model.setdefault("pattern", [former["layer"]])
     named = {name: mixer.options_of_former_keys(former) for name, mixer in MIXERS.items()}
     named = {name: options for name, options in named.items() if options}
-    if source is not None:
+    if source is None:
+        pattern = model.get("pattern")
+        kept = [name for name in named if not isinstance(pattern, list) or name in pattern]
+        named = {name: named[name] for name in kept}
+    else:
         _say_new_keys(source, former, named)
     given = tree.get("mixers") or {}
     if not _is_dict(given) or not all(map(_is_dict, given.values())):

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from megatron_ttt.config import ModelConfig
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers import MIXERS, check_known, load_mixers
+from megatron_ttt.mixers.hf_code import model_classes
 from megatron_ttt.stack import Architecture
 
 _SIZES = {
@@ -35,14 +36,6 @@ _DEFAULTS = {
     "tie_word_embeddings": True,
 }
 """What every form has where config.json leaves it out."""
-_PATTERN_FORM = {
-    "architectures": ["TTTForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_ttt.TTTConfig",
-        "AutoModel": "modeling_ttt.TTTModel",
-        "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
-    },
-}
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -171,6 +164,6 @@ def hf_config_of(architecture: Architecture) -> dict[str, Any]:
     if form is not None:
         return {**config, "model_type": form.model_type, **form.keys}
     mixers = {name: dataclasses.asdict(options) for name, options in architecture.mixers.items()}
-    config |= {"model_type": "ttt", **_PATTERN_FORM, "layer_types": architecture.layer_kinds}
+    config |= {"model_type": "ttt", **model_classes(), "layer_types": architecture.layer_kinds}
     config["mixers"] = mixers
     return {**config, "mixer_modules": model.mixer_modules} if model.mixer_modules else config

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,18 @@ class HFCode:
     """The subclass of its `Mixer`."""
     needs: tuple[Path, ...] = ()
     """Further files that it imports, each after those that itself needs."""
+
+
+def model_classes(configuration: str = "configuration_ttt.TTTConfig") -> dict[str, Any]:
+    """Return the keys of config.json that name the classes of an export's own code.
+
+    configuration: module and class that read config.json.
+    """
+    return {
+        "architectures": ["TTTForCausalLM"],
+        "auto_map": {
+            "AutoConfig": configuration,
+            "AutoModel": "modeling_ttt.TTTModel",
+            "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
+        },
+    }

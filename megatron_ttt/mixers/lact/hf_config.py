@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.base import HFModel
-from megatron_ttt.mixers.hf_code import HFCode
+from megatron_ttt.mixers.hf_code import HFCode, model_classes
 from megatron_ttt.mixers.lact.options import LaCTOptions
 
 HF_DEFAULTS = {
@@ -73,12 +73,7 @@ _SIZES = {"num_attention_heads": "num_attn_heads", "rms_norm_eps": "norm_eps"}
 def to_hf_model(options: LaCTOptions) -> HFModel:
     """Return the official form of a model of these layers."""
     keys = {
-        "architectures": ["TTTForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_lact.LaCTSWIGLUConfig",
-            "AutoModel": "modeling_ttt.TTTModel",
-            "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
-        },
+        **model_classes("configuration_lact.LaCTSWIGLUConfig"),
         "hidden_act": "swish",
         **{key: getattr(options, option) for option, key in _KEYS.items()},
         "no_v_silu": not options.value_silu,

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.base import HFModel
+from megatron_ttt.mixers.hf_code import model_classes
 from megatron_ttt.mixers.ttt.inner_model import InnerModel
 from megatron_ttt.mixers.ttt.options import TTTOptions
 
@@ -30,12 +31,7 @@ HF_DEFAULTS = {
 def to_hf_model(inner_model: InnerModel, options: TTTOptions) -> HFModel:
     """Return the official form of a model of these layers."""
     keys = {
-        "architectures": ["TTTForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_ttt.TTTConfig",
-            "AutoModel": "modeling_ttt.TTTModel",
-            "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
-        },
+        **model_classes(),
         "ttt_layer_type": inner_model.name,
         "ttt_base_lr": options.base_lr,
         "mini_batch_size": options.mini_batch_size,
