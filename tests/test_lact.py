@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import (
+    ROOT,
     Job,
     further,
     model_sections,
@@ -17,6 +18,8 @@ from harness import (
     section,
 )
 
+from megatron_ttt.config import check_layout, load_config
+from megatron_ttt.errors import UserError
 from megatron_ttt.mixers.lact.reference import newton_schulz, reference_scan
 from megatron_ttt.mixers.lact.scan import lact_scan
 
@@ -195,3 +198,25 @@ def test_goes_on_at_another_layout(job, name, source, target):
     for parameter, value in section(job.tensors(f"{name}-one"), "param").items():
         ours = job.tensors(f"{name}-{source}-{target}")[f"param/{parameter}"]
         assert relative(ours, value) < 1e-5, parameter
+
+
+@pytest.mark.parametrize(
+    "override,named",
+    [
+        ("mixers.lact.window=0", "mixers.lact.window=0"),
+        ("mixers.lact.chunk_size=0", "mixers.lact.chunk_size=0"),
+        ("mixers.lact.low_rank=0", "mixers.lact.low_rank=0"),
+        ("mixers.lact.fast_heads=3", "mixers.lact.fast_heads=3"),
+        ("mixers.lact.fast_heads=1", "parallel.tensor_model_parallel_size=2"),
+        ("training.scan_backend=triton", "training.scan_backend=triton"),
+    ],
+)
+def test_refuses_in_one_line(cpu_platform, override, named):
+    layout = ["parallel.tensor_model_parallel_size=2", "model.pattern=lact"]
+    from megatron_ttt.model import make_transformer_config
+
+    with pytest.raises(UserError) as refusal:
+        config = load_config([ROOT / "yaml_recipes/debug_cpu.yaml"], [*layout, override])
+        check_layout(config, 2)
+        make_transformer_config(config, cpu_platform)
+    assert named in str(refusal.value) and "\n" not in str(refusal.value)
