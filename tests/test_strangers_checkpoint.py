@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sys
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from harness import ROOT
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ttt.checkpoint.manifest import describe, folder_files, write_manifest
-from megatron_ttt.errors import run_command
+from megatron_ttt.checkpoint.reader import read_metadata
+from megatron_ttt.errors import UserError, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import checkpoint as checkpoint_tool
@@ -138,6 +140,37 @@ def test_its_code_is_not_run(place, honest, commands, tmp_path, capsys):
         assert exit_code == 2, name
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and f"{file} asks for posix.mkdir" in said[0], (name, said)
+
+
+class ByName(pickle.Pickler):
+    """Pickles enumerations as Python 3.11.0 to 3.11.3 does, by `getattr`."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read(honest, tmp_path):
+    written = FileSystemReader(honest / "run/checkpoint-1").read_metadata()
+    with open(tmp_path / ".metadata", "wb") as file:
+        ByName(file).dump(written)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    found = read_metadata(tmp_path)
+    assert found.state_dict_metadata == written.state_dict_metadata
+    # Of another class than an enumeration nothing is got.
+    method = pickle.dumps(Got(type(written), "__init__"))
+    (tmp_path / ".metadata").write_bytes(method)
+    with pytest.raises(UserError, match=r"asks for builtins\.getattr"):
+        read_metadata(tmp_path)
+
+
+class Got:
+    """An attribute of a class, when it is unpickled."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
 
 
 def test_verify_says_what_checksums_are(honest, monkeypatch, capsys):

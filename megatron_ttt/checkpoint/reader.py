@@ -9,6 +9,7 @@ the file and the class.
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import pickle
 import re
@@ -75,6 +76,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return torch.distributed.checkpoint.filesystem._StorageInfo
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return _path
+        if (module, name) == ("builtins", "getattr"):
+            return self._enum_member
         if module == "torch":
             found = vars(torch).get(name)
             if found is torch.Size or isinstance(found, torch.dtype):
@@ -84,6 +87,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             if isinstance(found, type) and module == described.__name__ == found.__module__:
                 return found
         raise _refusal(self._path, f"{module}.{name}")
+
+    def _enum_member(self, kind: Any, name: str) -> enum.Enum:
+        """Return a member of an enumeration, which Python before 3.11.4 pickles by `getattr`."""
+        if not isinstance(kind, enum.EnumMeta):
+            raise _refusal(self._path, "builtins.getattr")
+        return kind[name]
 
 
 def _path(*parts: str) -> str:
